@@ -1,0 +1,1062 @@
+"""What the five scripts share, and what a reader may trust unread.
+
+Run          processes, devices, the output folder, metrics
+Models       a causal LM with fp32 master weights, and the head that turns its hidden states into logits
+Rows         data files, chat templates, token ids
+Sampler      rollouts whose randomness depends on (seed, stream, row, sample, position) alone
+Teacher      live, frozen, exponential moving average, or another model
+Loss         exact divergences between student and teacher, from hidden states
+Step         micro-batches, learning rate, one optimiser step
+Verifiers    completion -> reward and feedback
+Checkpoints  kill it at any moment, resume bit for bit
+Evaluation   avg@n with its standard error
+
+It knows no algorithm and imports nothing of ours. Everything is completion-aligned: index t is about token y_t, and
+`on_completions` is the one place that shifts by one. Shapes: B rows, L positions, D hidden width, V vocabulary,
+N completion tokens of a micro-batch laid end to end, K support.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+Json = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON")]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "mixed"]
+Support = Literal["full", "student_topk", "teacher_topk", "sampled"]
+
+
+class InputError(ValueError):
+    """The user asked for something that cannot work: one sentence, exit code 2, no traceback."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on: one sentence, exit code 1."""
+
+
+# ---------------------------------------------------------------- Run: the same numbers whatever the number of processes
+
+
+def parse(args_type: type, presets: dict[str, dict], argv: list[str] | None = None) -> Any:
+    """Flags over the preset's values over the defaults of `Args`; `--preset NAME --help` shows that preset's values."""
+    argv = sys.argv[1:] if argv is None else argv
+    names = [b for a, b in zip(argv, argv[1:]) if a == "--preset"] + [a[9:] for a in argv if a.startswith("--preset=")]
+    name = (names or [args_type().preset])[-1]
+    if name not in presets:
+        raise InputError(f"--preset {name}: there is no such preset; choose from {', '.join(presets)}")
+    script = Path(sys.modules[args_type.__module__].__file__ or "")
+    default = args_type(**{"preset": name, "out": f"runs/{script.stem}-{name}", **presets[name]})
+    docstring = sys.modules[args_type.__module__].__doc__ or ""
+    return tyro.cli(args_type, default=default, args=argv, description=re.sub("^", " ", docstring, flags=re.M))   # indented = kept as it is
+
+
+def launch(main: Callable[[Any], None], args_type: type, presets: dict[str, dict]) -> None:
+    """The entry of every script: parse, run, and turn our own errors into one sentence and an exit code."""
+    try:
+        main(parse(args_type, presets))
+    except (InputError, RunError) as error:
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Run:
+    """One process of a run: who it is among the others, where it writes, and the only cross-rank reductions.
+
+    `start(args)` makes it. Files under `args.out`: config.json, metrics.jsonl, samples.jsonl, curves.png, run_card.md,
+    checkpoints/, and the Hugging Face folders best/ and last/.
+    """
+
+    def __init__(self, args: Any):
+        self.args, self.out = args, Path(args.out)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self.main = self.rank == 0
+        self.times: dict[str, float] = {}
+        self.began, self.tokens, self.stopped, self.bar, self.wandb = time.time(), 0.0, False, None, None
+
+    def sum(self, **parts: float) -> dict[str, float]:
+        """Adds each number over all ranks, in one call. Means are made of sums and counts, never of means."""
+        values = torch.tensor(list(parts.values()), dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(values)
+        return dict(zip(parts, values.tolist()))
+
+    def stop_requested(self) -> bool:
+        """True on every rank at once after any of them was told to stop (SIGTERM, Ctrl-C)."""
+        return self.sum(stop=float(self.stopped))["stop"] > 0
+
+    @contextlib.contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Adds the seconds of the block to time/<name> of the step."""
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - began
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes global numbers of this step to metrics.jsonl, wandb and the progress bar."""
+        seconds = sum(v for k, v in self.times.items() if k != "eval")
+        metrics = {"step": step, **metrics, **{f"time/{k}": v for k, v in self.times.items()}}
+        if metrics.get("train/tokens") and seconds:
+            self.tokens += metrics["train/tokens"]
+            metrics["time/tokens_per_s"] = metrics["train/tokens"] / seconds
+        metrics["memory/peak_gib"] = peak_memory(self.device) / 2**30
+        self.times = {}
+        if not self.main:
+            return
+        append_jsonl(self.out / "metrics.jsonl", [metrics])
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        if self.bar is not None and "train/loss" in metrics:
+            shown = ("train/loss", "distill/divergence", "rollout/reward", "rollout/length")
+            self.bar.set_postfix_str(" ".join(f"{k.split('/')[1]} {metrics[k]:.3g}" for k in shown if k in metrics))
+            self.bar.update(step - self.bar.n)
+
+    def say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+def start(args: Any) -> Run:
+    """Process group from torchrun's environment (none without it), output folder, config.json, signal handlers."""
+    run = Run(args)
+    if run.device.type == "cuda":
+        torch.cuda.set_device(run.device)
+    if run.world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
+    import transformers
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(args.seed)                             # only initial LoRA weights draw from it; rollouts have their own
+    config = {"args": dataclasses.asdict(args), "world": run.world, "command": shlex.join(sys.argv), "commit": git_commit(),
+              "versions": {m.__name__: m.__version__ for m in (torch, np, transformers)}}
+    if args.prompts_per_step % run.world:
+        raise InputError(f"--prompts-per-step {args.prompts_per_step} cannot be shared equally by {run.world} processes; "
+                         f"{args.prompts_per_step // run.world * run.world or run.world} or {(args.prompts_per_step // run.world + 1) * run.world} can")
+    if not args.dry_run:
+        claim_folder(run, config)
+
+    def request_stop(signum: int, frame: Any) -> None:
+        run.stopped = True
+        signal.signal(signum, signal.SIG_DFL)                # a second signal ends the process at once
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, request_stop)
+    return run
+
+
+# Flags that may change between a run and its continuation: they decide where, when and how fast, not what is computed.
+FREE_ON_RESUME = {"out", "resume", "overwrite", "dry_run", "tokens_per_batch", "sample_batch", "eval_every", "save_every",
+                  "wandb_project"}
+
+
+def claim_folder(run: Run, config: dict) -> None:
+    """Takes `--out` for this run: fresh, to be resumed with the same flags, or refused."""
+    file, args, problem = run.out / "config.json", config["args"], ""
+    if run.main:
+        try:
+            run.out.mkdir(parents=True, exist_ok=True)
+            held = any(row["step"] for row in read_jsonl(run.out / "metrics.jsonl"))       # a step was taken there
+            if not held or (args["overwrite"] and not args["resume"]):
+                for name in ("metrics.jsonl", "samples.jsonl", "checkpoints", "best", "last"):
+                    remove(run.out / name)
+                file.write_text(json.dumps(config, indent=1))
+            elif not args["resume"]:
+                problem = f"{run.out} already holds a run: add --resume to continue it, --overwrite to replace it, or another --out"
+            else:
+                before = json.loads(file.read_text())["args"]
+                now = json.loads(json.dumps(args))
+                changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != before.get(k)]
+                if changed:
+                    problem = (f"--resume: {run.out} was begun with other flags ("
+                               + ", ".join(f"--{k.replace('_', '-')} {before.get(k)} then, {now[k]} now" for k in changed)
+                               + "); use the same flags or another --out")
+        except OSError as error:
+            problem = f"--out {run.out}: cannot write there ({error.strerror}); give a folder that you may write to"
+    if run.world > 1:
+        box = [problem]
+        dist.broadcast_object_list(box, src=0)
+        problem = box[0]
+    if problem:
+        raise InputError(problem)
+
+
+def begin(run: Run, steps: int, done: int) -> None:
+    """Opens what shows progress: wandb when asked for, and the bar."""
+    if run.main and run.args.wandb_project:
+        import wandb
+        run.wandb = wandb.init(project=run.args.wandb_project, name=run.out.name, config=dataclasses.asdict(run.args), resume="allow")
+    run.bar = tqdm(total=steps, initial=done, disable=not run.main, desc=run.out.name, file=sys.stderr, dynamic_ncols=True)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def append_jsonl(path: Path, rows: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def git_commit() -> str:
+    """The commit that these files are of; empty outside a repository."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process's largest resident set on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---------------------------------------------------------------- Models: fp32 master weights, dropout off, exact logits
+
+
+class Head(NamedTuple):
+    """What turns hidden states [N, D] into logits [N, V]: softcap(scale * (h W^T + b)), in float32 whatever the weights are."""
+    weight: Tensor                                           # [V, D]
+    bias: Tensor | None = None                               # [V]
+    scale: float = 1.0                                       # Granite: 1 / logits_scaling; Cohere: logit_scale
+    softcap: float = 0.0                                     # Gemma 2: final_logit_softcapping; 0 = none
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        dtype = torch.float64 if h_ND.dtype == torch.float64 else torch.float32
+        z_NV = h_ND.to(dtype) @ self.weight.to(dtype).T
+        if self.bias is not None:
+            z_NV = z_NV + self.bias.to(dtype)
+        if self.scale != 1.0:
+            z_NV = z_NV * self.scale
+        return self.softcap * torch.tanh(z_NV / self.softcap) if self.softcap else z_NV
+
+
+def head_of(model: nn.Module) -> Head:
+    layer, config = model.get_output_embeddings(), model.config
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model folder or hub id; it must know how to write a chat."""
+    from transformers import AutoTokenizer
+    path = find(source)
+    try:
+        if os.path.isdir(path) and not any(Path(path).glob("*token*")):               # transformers would make an empty one up
+            raise OSError(f"no tokenizer file among {', '.join(sorted(os.listdir(path)))}")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {source}: no tokenizer could be loaded from there ({first_line(error)}); give a folder or hub id "
+                         "that holds tokenizer.json beside the weights") from error
+    if not tokenizer.chat_template:
+        raise InputError(f"--model {source}: its tokenizer has no chat template; use an instruction-tuned model or save one "
+                         "(tokenizer.chat_template = ..., tokenizer.save_pretrained(folder))")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"--model {source}: its tokenizer names no EOS token, so no completion would ever end; set tokenizer.eos_token")
+    return tokenizer
+
+
+def load_model(source: str, run: Run, lora_rank: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal LM in `dtype` (fp32: master weights) on this rank's device, in eval mode: dropout off, always.
+
+    `lora_rank` > 0 freezes it and adds adapters on every linear layer but the head (alpha = 2 rank).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    path = find(source)
+    attention = "sdpa" if run.device.type == "cuda" else "eager"      # on CPU, SDPA's backward is slow at short lengths
+    try:
+        source_dtype = AutoConfig.from_pretrained(path).dtype or dtype
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {source}: no model could be loaded from there ({first_line(error)}); give a Hugging Face folder or hub id") from error
+    model = model.to(run.device).eval()
+    model.source_dtype = source_dtype                        # best/ and last/ are written in it
+    if lora_rank:
+        from peft import LoraConfig, inject_adapter_in_model
+        model = inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=linear_names(model)), model)
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora_" in name)
+    check_head(model, source)
+    return model
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Every linear layer but the head, by full name: where LoRA goes."""
+    from transformers.pytorch_utils import Conv1D            # GPT-2's linear layer
+    head = model.get_output_embeddings()
+    return [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+
+
+def check_head(model: nn.Module, source: str) -> None:
+    """Our logits from hidden states are the model's own, or the model is refused."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    with torch.no_grad():
+        ours = head_of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+        theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+    gap = (ours - theirs).abs().max().item()
+    if not gap <= 2e-2 * max(1.0, theirs.abs().max().item()) or (model.dtype == torch.float32 and gap > 1e-3):
+        raise InputError(f"--model {source}: {type(model).__name__} does something to its logits beyond a linear head with bias, scale "
+                         f"and soft-cap (ours differ by {gap:.3g}); teach common.head_of that step first")
+
+
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as the plain architecture names it, LoRA added into the weights; the model itself is not touched."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if "lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        if plain != name and plain.endswith(".weight"):
+            layer = model.get_submodule(name.rsplit(".base_layer.", 1)[0])
+            tensor = tensor + layer.get_delta_weight("default").to(tensor.dtype)
+        weights[plain] = tensor
+    return weights
+
+
+def save_folder(run: Run, model: nn.Module, tokenizer: Any, name: str, card: str) -> None:
+    """`out/name`: a plain Hugging Face folder (weights in the dtype they came in), written aside and renamed."""
+    if run.main:
+        final, aside = run.out / name, run.out / f".{name}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside, state_dict={name: w.to(model.source_dtype) for name, w in merged_weights(model).items()})
+        tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(card)
+        replace_folder(aside, final)
+    barrier(run)
+
+
+def replace_folder(aside: Path, final: Path) -> None:
+    """Puts a finished folder in its place; a kill in between leaves the old one or the new one, whole, beside it."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    aside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def barrier(run: Run) -> None:
+    if run.world > 1:
+        dist.barrier()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------- Rows: every error names file and row; nothing is cut in silence
+
+
+def find(source: str) -> str:
+    """A path or hub id; `toy:SEED/NAME` is a file of the laptop world of tests/toy.py, built when it is not there yet."""
+    if not source.startswith("toy:"):
+        return source
+    file = Path(__file__).parent / "tests" / "toy.py"
+    if not file.exists():
+        raise InputError(f"{source} belongs to the laptop world and {file} is not here; give a model folder or hub id and your own data")
+    try:
+        return str(load_file(file).resolve(source))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+@functools.cache
+def load_file(path: Path) -> Any:
+    """A python file as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_rows(source: str, convert: Callable[[dict], dict] = lambda row: row) -> list[dict]:
+    """Rows of a JSONL, JSON or parquet file, a `save_to_disk` folder, or a hub id `name:config@split`, through `convert`.
+
+    Each row carries `id` (its place in the file) and `where` ("train.jsonl:17"). `convert` maps a data set's columns to
+    ours and raises KeyError with the missing column's name.
+    """
+    if not source:
+        raise InputError("no --data given; it takes a JSONL, JSON or parquet file, a save_to_disk folder, or a hub id as name:config@split")
+    path, split = Path(find(source)), "train"
+    if source.startswith("toy:") or path.exists() or path.suffix in (".jsonl", ".json", ".parquet"):
+        raws = read_file(path)
+    else:
+        name, _, split = source.partition("@")
+        name, _, config = name.partition(":")
+        import datasets
+        try:
+            raws = list(datasets.load_dataset(name, config or None, split=split or "train"))
+        except Exception as error:
+            raise InputError(f"--data {source}: neither a file nor a folder here, and the hub gave no data set of that name ({first_line(error)})") from error
+    rows = []
+    for i, raw in enumerate(raws):
+        where = f"{path.name}:{i + 1}"
+        try:
+            rows.append({**convert(raw), "id": i, "where": where})
+        except KeyError as error:
+            raise InputError(f"{where}: no {error} in this row (it has: {', '.join(raw)})") from error
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
+    if not rows:
+        raise InputError(f"{source}: no rows in it; each line is one JSON object such as {{\"prompt\": ...}}")
+    return rows
+
+
+def read_file(path: Path) -> list[dict]:
+    if not path.exists():
+        raise InputError(f"{path}: no such file; --data takes a JSONL, JSON or parquet file, a save_to_disk folder or a hub id")
+    if path.is_dir():
+        import datasets
+        data = datasets.load_from_disk(str(path))
+        return list(data["train"] if isinstance(data, datasets.DatasetDict) else data)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+        return pyarrow.parquet.read_table(path).to_pylist()
+    raws, texts = [], [path.read_text()] if path.suffix == ".json" else path.read_text().split("\n")
+    for i, text in enumerate(texts, 1):
+        try:
+            raws += [json.loads(text)] if text.strip() else []
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path.name}:{i}: not JSON ({error.msg} at column {error.colno}); each line is one JSON object") from error
+    if path.suffix == ".json":
+        raws = raws[0] if raws and isinstance(raws[0], list) else raws
+    for i, raw in enumerate(raws, 1):
+        if not isinstance(raw, dict):
+            raise InputError(f"{path.name}:{i}: expected a JSON object with named columns, found {type(raw).__name__}")
+    return raws
+
+
+def as_messages(prompt: str | list[dict]) -> list[dict]:
+    """Text becomes one user message; a list of chat messages stays, and must end with the user's."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if not messages or messages[-1].get("role") != "user":
+        raise ValueError("a prompt is text or a list of chat messages that ends with the user's")
+    if not str(messages[-1].get("content") or "").strip():
+        raise ValueError("the prompt is empty")
+    return messages
+
+
+SCIENCE_SYSTEM = """
+Given a question and four options, please select the right answer. Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+
+For the answer, only output the letter corresponding to the correct option (A, B, C, or D), and nothing else. Do not restate the answer text. For example, if the answer is "A", just output:
+<answer>
+A
+</answer>
+"""
+
+
+def sciknoweval_row(raw: dict, suffix: str = "") -> dict:
+    """A raw SciKnowEval row (question, choices {text, label}, answerKey) as system and user message, and the letter."""
+    options = "\n".join(f"{label}: {text}" for label, text in zip(raw["choices"]["label"], raw["choices"]["text"], strict=True))
+    messages = [{"role": "system", "content": SCIENCE_SYSTEM}, {"role": "user", "content": f"{raw['question']}\n\n{options}{suffix}"}]
+    return {"prompt": messages, "answer": raw["answerKey"]}
+
+
+def fill(template: str, **values: str) -> str:
+    """Puts values into `{name}` places. Braces and percent signs in template or values stay what they are."""
+    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
+
+
+def chat_ids(tokenizer: Any, messages: list[dict], kwargs: dict) -> list[int]:
+    """Token ids of a chat up to and including the generation prompt. Made once; never decoded and encoded again."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False, **kwargs)
+
+
+def fit(ids: list[int], limit: int, flag: str, where: str, drop: bool) -> bool:
+    """Whether a prompt fits its limit: an error, or a drop that the caller counts; never a silent cut."""
+    if len(ids) <= limit:
+        return True
+    if drop:
+        return False
+    raise InputError(f"{where}: {len(ids)} tokens, over {flag} {limit}; raise {flag} or add --drop-long to leave such rows out")
+
+
+def batch_rows(rows: list[dict], step: int, per_step: int, run: Run, seed: int) -> list[dict]:
+    """This rank's share of the step's `per_step` rows: epochs of seeded permutations laid end to end, cut into steps."""
+    ids = range((step - 1) * per_step, step * per_step)
+    chosen = [rows[epoch_order(len(rows), seed, i // len(rows))[i % len(rows)]] for i in ids]
+    return chosen[run.rank::run.world]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+# ---------------------------------------------------------------- Sampler: the same rollout in any batch, on any number of ranks
+
+
+class Rollout(NamedTuple):
+    ids: list[int]                                           # the tokens, with the EOS that ended them
+    logps: list[float]                                       # log-probs under the distribution that drew them
+    finished: bool                                           # ended by an EOS, not cut off at the limit
+
+
+class Sampler:
+    """Draws completions with the model's current weights. Every sampling parameter is explicit; generation_config is not read.
+
+    A token is drawn by inverting the cumulative distribution at a uniform number that belongs to (seed, stream, row, sample,
+    position), so it does not depend on the batch around it or on the number of processes.
+    """
+
+    def __init__(self, tokenizer: Any, model: nn.Module, args: Any):
+        self.eos, self.args = torch.tensor(eos_ids_of(tokenizer, model)), args
+
+    def __call__(self, model: nn.Module, prompts: list[list[int]], rows: list[int], n: int, stream: tuple[int, ...], *,
+                 temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[list[Rollout]]:
+        """`n` rollouts for each prompt (token ids); `rows` and `stream` name their random numbers. temperature 0 = greedy."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))        # alike lengths together: little padding
+        jobs = [(i, s) for i in order for s in range(n)]
+        out: list[list[Any]] = [[None] * n for _ in prompts]
+        with torch.inference_mode(), compute_dtype(model, self.args):
+            for lo in range(0, len(jobs), self.args.sample_batch):
+                part = jobs[lo:lo + self.args.sample_batch]
+                noise = np.stack([uniforms((self.args.seed, *stream, rows[i], s), self.args.max_completion_tokens) for i, s in part])
+                drawn = decode(model, [prompts[i] for i, _ in part], torch.from_numpy(noise), self.eos, temperature, top_p, top_k)
+                for (i, s), rollout in zip(part, drawn, strict=True):
+                    out[i][s] = rollout
+        return out
+
+
+def uniforms(key: tuple[int, ...], length: int) -> np.ndarray:
+    return np.random.default_rng(key).random(length)
+
+
+def decode(model: nn.Module, prompts: list[list[int]], noise_BT: Tensor, eos: Tensor, temperature: float, top_p: float, top_k: int) -> list[Rollout]:
+    """One batch to its end: prefill the distinct prompts, then token by token; finished rows leave the batch."""
+    from transformers import DynamicCache
+    device, T = model.device, noise_BT.shape[1]
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    place = {p: i for i, p in enumerate(distinct)}
+    which = torch.tensor([place[tuple(p)] for p in prompts], device=device)
+    width = max(map(len, distinct))
+    ids_BL = torch.tensor([[0] * (width - len(p)) + list(p) for p in distinct], device=device)
+    mask_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=device)
+    padded = bool((mask_BL == 0).any())
+    cache = DynamicCache(config=model.config)
+    z_BV = step_logits(model, ids_BL, mask_BL, cache, padded)[which]
+    cache.batch_select_indices(which)
+    mask_BL, noise_BT, eos = mask_BL[which], noise_BT.to(device), eos.to(device)
+
+    B = len(prompts)
+    tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
+    logps_BT = torch.zeros(B, T, device=device)
+    length_B = torch.full((B,), T, device=device)
+    ended_B = torch.zeros(B, dtype=torch.bool, device=device)
+    alive = torch.arange(B, device=device)                   # rows of the batch still in the cache
+    for t in range(T):
+        token, logp = draw(z_BV, noise_BT[alive, t], temperature, top_p, top_k)
+        live = ~ended_B[alive]
+        tokens_BT[alive[live], t], logps_BT[alive[live], t] = token[live], logp[live]
+        over = live & torch.isin(token, eos)
+        ended_B[alive[over]], length_B[alive[over]] = True, t + 1
+        live &= ~over
+        if t + 1 == T or not live.any():
+            break
+        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], 1)
+        if live.sum() <= 0.75 * len(live):                   # copying the cache pays once a quarter of its rows are done
+            keep = live.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            alive, token, mask_BL = alive[keep], token[keep], mask_BL[keep]
+        z_BV = step_logits(model, token[:, None], mask_BL, cache, padded)
+    rows = zip(tokens_BT.tolist(), logps_BT.tolist(), length_B.tolist(), ended_B.tolist())
+    return [Rollout(ids[:n], logps[:n], ended) for ids, logps, n, ended in rows]
+
+
+def step_logits(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, cache: Any, padded: bool) -> Tensor:
+    """Logits [B, V] after the last of `ids_BL`, which extend what the cache holds. Positions count real tokens only."""
+    position_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1]:]
+    h_BLD = model.base_model(input_ids=ids_BL, attention_mask=mask_BL if padded else None, position_ids=position_BL,
+                             past_key_values=cache, use_cache=True).last_hidden_state
+    return head_of(model).logits(h_BLD[:, -1])
+
+
+def draw(z_BV: Tensor, noise_B: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-prob under the very distribution it was drawn from (greedy: the untempered one)."""
+    if temperature == 0:
+        token_B = z_BV.argmax(-1)
+        return token_B, z_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0]
+    z_BV = z_BV / temperature if temperature != 1 else z_BV
+    if top_k and top_k < z_BV.shape[1]:
+        z_BV = z_BV.masked_fill(z_BV < z_BV.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        p_BV, order = z_BV.softmax(-1).sort(descending=True)
+        beyond = p_BV.cumsum(-1) - p_BV >= top_p              # the mass before this token already suffices
+        z_BV = z_BV.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
+    logp_BV = z_BV.log_softmax(-1)
+    cdf_BV = logp_BV.double().exp().cumsum(-1)
+    token_B = torch.searchsorted(cdf_BV, noise_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0].clamp(max=z_BV.shape[1] - 1)
+    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def eos_ids_of(tokenizer: Any, model: nn.Module) -> list[int]:
+    """Every token that ends a turn: the tokenizer's EOS and all that the model's folder names."""
+    ids = [tokenizer.eos_token_id]
+    for config in (model.config, model.generation_config):
+        more = getattr(config, "eos_token_id", None)
+        ids += more if isinstance(more, list) else [more]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def compute_dtype(model: nn.Module, args: Any) -> Any:
+    """Forward passes in bf16 on CUDA (weights stay fp32), exact fp32 elsewhere; --dtype overrides."""
+    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and model.device.type == "cuda")
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+
+
+# ---------------------------------------------------------------- Teacher: fp32, moved after a step, saved and resumed
+
+
+def on_completions(model: nn.Module, pairs: list[tuple[list[int], list[int]]], args: Any, fn: Callable[[Tensor, Head], Any]) -> Any:
+    """fn(h_ND, head): row n of `h_ND` is the hidden state that predicts completion token n, pairs laid end to end.
+
+    The one place that shifts by one: the state at position p - 1 predicts the token at p. Right-padded, so that under causal
+    attention no real token sees padding and a pair's states are the same alone and in any batch.
+    """
+    width = max(len(prompt) + len(y) for prompt, y in pairs)
+    ids_BL = torch.tensor([[*prompt, *y, *[0] * (width - len(prompt) - len(y))] for prompt, y in pairs], device=model.device)
+    row = torch.tensor([b for b, (_, y) in enumerate(pairs) for _ in y], device=model.device)
+    col = torch.tensor([len(prompt) - 1 + t for prompt, y in pairs for t in range(len(y))], device=model.device)
+    with compute_dtype(model, args):
+        h_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+    return fn(h_BLD[row, col], head_of(model))
+
+
+class Teacher:
+    """Scores the student's tokens; never receives a gradient.
+
+    live   the student as it is now
+    base   the student as it was at the start
+    ema    teacher <- (1 - rate) teacher + rate student at each `update`, begun from the student in memory, in fp32
+    PATH   another model, folder or hub id, frozen
+    With LoRA, `base` and `ema` hold their own copy of the adapters and share the frozen weights under them.
+    """
+
+    def __init__(self, kind: str, rate: float, student: nn.Module, run: Run):
+        self.kind, self.rate, self.student, self.args = kind, rate, student, run.args
+        if kind == "live":
+            self.model = student
+        elif kind in ("base", "ema"):
+            frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
+            self.model = copy.deepcopy(student, frozen).requires_grad_(False)
+        else:
+            self.model = load_model(kind, run, dtype=torch.bfloat16 if run.device.type == "cuda" else torch.float32).requires_grad_(False)
+            check_vocabularies(student, self.model, kind)
+
+    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(teacher's, student's) parameter for each one that is trained."""
+        return [(t, s) for t, s in zip(self.model.parameters(), self.student.parameters()) if s.requires_grad]
+
+    @torch.no_grad()
+    def targets(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, Tensor, Head]]:
+        """[(coefficient, h_ND, head)]: target logits are the sum of coefficient * head.logits(h)."""
+        return on_completions(self.model, pairs, self.args, lambda h_ND, head: [(1.0, h_ND, head)])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.kind == "ema":
+            teacher, student = zip(*self.pairs())
+            torch._foreach_lerp_(list(teacher), list(student), self.rate)     # (1 - rate) teacher + rate student
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """|teacher - student| / |student| over the trained weights; 0 for a live teacher."""
+        if self.kind not in ("base", "ema"):
+            return 0.0
+        gap, size = zip(*[((t - s).square().sum(), s.square().sum()) for t, s in self.pairs()])
+        return (sum(gap) / sum(size)).sqrt().item()
+
+    def state(self) -> list[Tensor]:
+        return [t.data for t, _ in self.pairs()] if self.kind in ("base", "ema") else []
+
+    def load(self, state: list[Tensor]) -> None:
+        for (t, _), saved in zip(self.pairs() if state else [], state, strict=True):
+            t.data.copy_(saved)
+
+
+def check_vocabularies(student: nn.Module, teacher: nn.Module, name: str) -> None:
+    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if ours != theirs:
+        raise InputError(f"--teacher {name}: it has {theirs} tokens and the student {ours}; they must share one vocabulary")
+
+
+# ---------------------------------------------------------------- Loss: exact over the vocabulary, from hidden states
+def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, Head]], y_N: Tensor, weight_N: Tensor, *,
+                 divergence: Divergence = "forward_kl", beta: float = 0.5, support: Support = "full", topk: int = 100,
+                 tail: bool = True, temperature: float = 1.0, behaviour_logp_N: Tensor | None = None, is_cap: float = 0.0,
+                 chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum_n weight_n ratio_n D_n, with p the student's and q the teacher's distribution, and detached per-token statistics.
+
+    forward_kl  KL(q||p)                            the student must cover whatever the teacher might say
+    reverse_kl  KL(p||q)                            the student may settle on what the teacher likes most
+    jsd         beta KL(q||m) + (1-beta) KL(p||m)   m = (1-beta) p + beta q
+    mixed       beta KL(q||p) + (1-beta) KL(p||q)
+    """
+    total, parts = h_ND.sum() * 0.0, []
+    for i in range(0, len(y_N), chunk):
+        s = slice(i, i + chunk)
+        log_p = (head.logits(h_ND[s]) / temperature).log_softmax(-1)
+        with torch.no_grad():
+            log_q = (sum(c * t.logits(h[s]) for c, h, t in teacher) / temperature).log_softmax(-1)
+        logp, logq = (x.gather(1, y_N[s, None])[:, 0] for x in (log_p, log_q))
+        a, b, masses = log_p, log_q, [torch.ones_like(logp)] * 2
+        if support in ("student_topk", "teacher_topk"):
+            if topk > log_p.shape[1]:
+                raise InputError(f"--topk {topk} is larger than the vocabulary ({log_p.shape[1]}); use --support full")
+            index = (log_p if support == "student_topk" else log_q).topk(topk).indices
+            a, b = log_p.gather(1, index), log_q.gather(1, index)
+            masses = [x.exp().sum(-1).clamp(max=1).detach() for x in (a, b)]
+            if tail:
+                rest = [(-x.logsumexp(-1).clamp(max=-1e-7).exp()).log1p()[:, None] for x in (a, b)]
+                a, b = torch.cat([a, rest[0]], 1), torch.cat([b, rest[1]], 1)
+            else:
+                a, b = a.log_softmax(-1), b.log_softmax(-1)
+        kl = lambda x, y: (x.exp() * (x - y)).sum(-1)
+        if support == "sampled":
+            D = (logp - logq).detach() * logp
+            value = (logp - logq).detach()
+        else:
+            if divergence == "forward_kl":
+                D = kl(b, a)
+            elif divergence == "reverse_kl":
+                D = kl(a, b)
+            elif divergence == "jsd":
+                m = torch.logaddexp(a + math.log1p(-beta), b + math.log(beta))
+                D = beta * kl(b, m) + (1 - beta) * kl(a, m)
+            else:
+                D = beta * kl(b, a) + (1 - beta) * kl(a, b)
+            value = D.detach()
+        ratio = torch.ones_like(logp)
+        if behaviour_logp_N is not None:
+            ratio = (logp.detach() - behaviour_logp_N[s]).exp()
+            ratio = ratio.clamp(max=is_cap) if is_cap else ratio
+        total = total + (D * ratio * weight_N[s]).sum()
+        parts.append((value, logp.detach(), logq, -(log_p.exp() * log_p).sum(-1).detach(), *masses, ratio))
+    names = ("divergence", "logp", "teacher_logp", "entropy", "mass_student", "mass_teacher", "ratio")
+    return total, dict(zip(names, map(torch.cat, zip(*parts))))
+
+
+def token_loss(h_ND: Tensor, head: Head, y_N: Tensor, fn: Callable[[Tensor, slice], Tensor], *, temperature: float = 1.0,
+               chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum_n fn(logp, n): any function of the token's own log-prob. NLL: -w logp. DFT: -w sg[exp(logp)] logp."""
+    total, parts = h_ND.sum() * 0.0, []
+    for i in range(0, len(y_N), chunk):
+        s = slice(i, i + chunk)
+        log_p = (head.logits(h_ND[s]) / temperature).log_softmax(-1)
+        logp = log_p.gather(1, y_N[s, None])[:, 0]
+        total = total + fn(logp, s).sum()
+        parts.append((logp.detach(), -(log_p.exp() * log_p).sum(-1).detach()))
+    return total, dict(zip(("logp", "entropy"), map(torch.cat, zip(*parts))))
+
+
+@torch.no_grad()
+def token_stats(h_ND: Tensor, head: Head, y_N: Tensor, *, temperature: float = 1.0, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """(log-prob of y [N], entropy [N]); no gradient, one product with the head."""
+    stats = token_loss(h_ND, head, y_N, lambda logp, s: logp * 0, temperature=temperature, chunk=chunk)[1]
+    return stats["logp"], stats["entropy"]
+
+
+# ---------------------------------------------------------------- Step: the denominator is counted before any backward
+
+
+def micro_batches(samples: list[Any], length: Callable[[Any], int], max_tokens: int) -> list[list[Any]]:
+    """Sorted by length, longest first, so that padding is small; rows x longest <= max_tokens (a longer one goes alone)."""
+    batches: list[list[Any]] = []
+    for sample in sorted(samples, key=length, reverse=True):
+        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= max_tokens:
+            batches[-1].append(sample)
+        else:
+            batches.append([sample])
+    return batches
+
+
+def learning_rate(step: int, steps: int, args: Any) -> float:
+    """Linear warm-up over --warmup steps, then constant, or a cosine to zero at the last step."""
+    if step <= args.warmup:
+        return args.lr * step / args.warmup
+    if args.schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, steps - args.warmup + 1)))
+
+
+def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr=args.lr, betas=args.adam_betas, weight_decay=args.weight_decay, eps=1e-8)
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, run: Run) -> float:
+    """Adds gradients over ranks, clips, steps; returns the norm before clipping. A non-finite gradient skips the update."""
+    params = optimizer.param_groups[0]["params"]
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if run.world > 1:
+            dist.all_reduce(p.grad)                          # a sum: the loss was already divided by the global count
+    norm = nn.utils.clip_grad_norm_(params, run.args.grad_clip or math.inf).item()
+    run.skipped = 0 if math.isfinite(norm) else getattr(run, "skipped", 0) + 1
+    if math.isfinite(norm):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    elif run.skipped == 5:
+        raise RunError("five gradients in a row were not finite; lower --lr, or look at the samples of these steps")
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---------------------------------------------------------------- Verifiers: any text and any row, a reward in [0, 1]
+
+SOLVED = 0.5                                                 # a completion counts as solved when its reward is at least this
+
+
+def exact(completion: str, row: dict) -> float:
+    """The whole completion, stripped, is the answer."""
+    return float(completion.strip() == str(row["answer"]).strip())
+
+
+def choice(completion: str, row: dict) -> float:
+    """The text after the last <answer>, up to </answer>, is the letter; without a tag the whole completion is compared."""
+    return float(completion.split("<answer>")[-1].split("</answer>")[0].strip() == str(row["answer"]).strip())
+
+
+def tool_use(completion: str, row: dict) -> tuple[float, str]:
+    """ToolAlpaca: the same actions as a multiset, and the same merged inputs (the lazy pattern ends at the first brace)."""
+    gold = row["answer"]
+    gold = json.loads(gold) if isinstance(gold, str) else gold
+    wanted = sorted(call["Action"] for call in gold)
+    wanted_inputs = merge_inputs(call["Action_Input"] for call in gold)
+    actions = sorted(re.findall(r"Action:\s*(\w+)", completion))
+    inputs = merge_inputs(re.findall(r"Action Input:\s*({.*?})", completion, re.DOTALL))
+    problems = []
+    if actions != wanted:
+        problems.append(f"Actions mismatch: predicted {actions}, expected {wanted}")
+    if inputs != wanted_inputs:
+        problems.append(f"Action inputs mismatch: predicted {inputs}, expected {wanted_inputs}")
+    return float(not problems), "; ".join(problems)
+
+
+def merge_inputs(texts: Any) -> dict:
+    """All texts that parse as a JSON object, merged in order."""
+    merged: dict = {}
+    for text in texts:
+        try:
+            value = json.loads(text) if isinstance(text, str) else text
+        except (json.JSONDecodeError, RecursionError):
+            continue
+        merged.update(value if isinstance(value, dict) else {})
+    return merged
+
+
+VERIFIERS: dict[str, Callable] = {"exact": exact, "choice": choice, "tool_use": tool_use}
+
+
+def load_verifier(name: str) -> Callable[[str, dict], tuple[float, str]]:
+    """`exact`, `choice`, `tool_use`, or `path.py:function` with function(completion, row) -> reward or (reward, feedback)."""
+    path, _, function = name.rpartition(":")
+    if name in VERIFIERS:
+        verify = VERIFIERS[name]
+    elif path.endswith(".py") and Path(path).is_file():
+        verify = getattr(load_file(Path(path).resolve()), function, None)
+        if not callable(verify):
+            raise InputError(f"--verifier {name}: {path} defines no function {function}")
+    else:
+        raise InputError(f"--verifier {name}: expected {', '.join(VERIFIERS)} or path/to/file.py:function")
+
+    def verified(completion: str, row: dict) -> tuple[float, str]:
+        result = verify(completion, row)
+        reward, feedback = result if isinstance(result, tuple) else (result, "")
+        if not (isinstance(reward, (int, float)) and 0 <= reward <= 1):
+            raise RunError(f"--verifier {name} gave {result!r} for {row['where']}; expected a reward in [0, 1], or (reward, feedback)")
+        return float(reward), str(feedback)
+    return verified
+
+
+# ---------------------------------------------------------------- Checkpoints: written aside and renamed
+
+
+def save_checkpoint(run: Run, step: int, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer, score: dict) -> None:
+    """checkpoints/step-N.pt: all that the next step depends on. Orders and random numbers follow from (seed, step) alone."""
+    if run.main:
+        folder = run.out / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        state = {"step": step, "student": [p.data for p in student.parameters() if p.requires_grad], "score": score,
+                 "teacher": teacher.state() if teacher else [], "optimizer": optimizer.state_dict(), "tokens": run.tokens}
+        aside = folder / ".aside.pt"
+        torch.save(state, aside)
+        aside.rename(folder / f"step-{step:08d}.pt")
+        for old in sorted(folder.glob("step-*.pt"))[:-2]:
+            old.unlink()
+    barrier(run)
+
+
+def load_checkpoint(run: Run, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
+    """(steps done, scores so far) from the newest checkpoint with --resume; (0, {}) when there is none."""
+    files = sorted((run.out / "checkpoints").glob("step-*.pt"))
+    if not (run.args.resume and files):
+        return 0, {}
+    state = torch.load(files[-1], map_location=run.device, weights_only=True)
+    with torch.no_grad():
+        for p, saved in zip((p for p in student.parameters() if p.requires_grad), state["student"], strict=True):
+            p.copy_(saved)
+    if teacher:
+        teacher.load(state["teacher"])
+    optimizer.load_state_dict(state["optimizer"])
+    run.tokens = state["tokens"]
+    if run.main:                                             # what was logged after the checkpoint will be logged again
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [row for row in read_jsonl(run.out / name) if row["step"] <= state["step"]]
+            (run.out / name).unlink(missing_ok=True)
+            append_jsonl(run.out / name, kept)
+    run.say(f"resumed after step {state['step']} from {files[-1]}")
+    return state["step"], state["score"]
+
+
+# ---------------------------------------------------------------- Evaluation: its own seed, the same prompts every time
+
+EVAL_STREAM, TRAIN_STREAM = 0, 1                             # two families of random numbers that never meet
+
+
+def load_evals(sources: tuple[str, ...], convert: Callable, tokenizer: Any, args: Any) -> dict[str, list[dict]]:
+    """Evaluation sets by file name, prompts as the student reads them. The first one decides which weights are best."""
+    evals = {}
+    for source in sources:
+        rows = load_rows(source, convert)
+        for row in rows:
+            row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
+            fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], drop=False)
+            if "answer" not in row and args.verifier in VERIFIERS:
+                raise InputError(f"{row['where']}: no 'answer' in this row; --verifier {args.verifier} compares completions with it")
+        evals[re.split(r"[/:@]", source.rstrip("/"))[-1].rsplit(".", 1)[0]] = rows
+    return evals
+
+
+def evaluate(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, evals: dict[str, list[dict]], verify: Callable,
+             step: int, score: dict) -> dict[str, float]:
+    """avg@n, pass@n and the standard error over prompts for each set; keeps `score` and the folder best/ of the first."""
+    args, n, metrics = run.args, run.args.eval_samples, {}
+    with run.timer("eval"):
+        for place, (name, rows) in enumerate(evals.items()):
+            mine = rows[run.rank::run.world]
+            groups = sampler(model, [row["prompt_ids"] for row in mine], [row["id"] for row in mine], n, (EVAL_STREAM, place),
+                             temperature=args.eval_temperature)
+            texts = [[tokenizer.decode(y.ids, skip_special_tokens=True) for y in group] for group in groups]
+            rewards = [[verify(text, row)[0] for text in group] for group, row in zip(texts, mine)]
+            means = [sum(r) / n for r in rewards]
+            t = run.sum(prompts=len(mine), x=sum(means), xx=sum(m * m for m in means), passed=sum(max(r) >= SOLVED for r in rewards),
+                        tokens=sum(len(y.ids) for g in groups for y in g), cut=sum(not y.finished for g in groups for y in g))
+            P, where = t["prompts"], "eval" if place == 0 else f"eval/{name}"
+            variance = max(t["xx"] / P - (t["x"] / P) ** 2, 0)
+            metrics |= {f"{where}/avg@{n}": t["x"] / P, f"{where}/se": math.sqrt(variance / max(P - 1, 1)),
+                        f"{where}/length": t["tokens"] / (P * n), f"{where}/cut_frac": t["cut"] / (P * n)}
+            if n > 1:
+                metrics[f"{where}/pass@{n}"] = t["passed"] / P
+            if run.main:
+                append_jsonl(run.out / "samples.jsonl", [
+                    {"step": step, "set": name, "where": row["where"], "prompt": tokenizer.decode(row["prompt_ids"]), "completion": group[0],
+                     "reward": r[0]} for row, group, r in list(zip(mine, texts, rewards))[:4]])
+    if evals:
+        now = {"step": step, "avg": metrics[f"eval/avg@{n}"], "se": metrics["eval/se"]}
+        run.say(f"step {step}: " + ", ".join(f"{name} {metrics[f'{w}/avg@{n}']:.3f} ± {metrics[f'{w}/se']:.3f}"
+                                             for i, name in enumerate(evals) for w in ["eval" if i == 0 else f"eval/{name}"]))
+        score.setdefault("base", now)
+        score["last"] = now
+        if step and now["avg"] > score.get("best", score["base"])["avg"]:
+            score["best"] = now
+            save_folder(run, model, tokenizer, "best", f"Best {next(iter(evals))} of {run.out.name}: {now}")
+    return metrics
+
+
+def finish(run: Run, model: nn.Module, tokenizer: Any, score: dict) -> None:
+    """last/, curves.png, run_card.md, and the last line: base -> best and last score, and the folder."""
+    run.bar.close()
+    form = lambda s: f"{s['avg']:.3f} ± {s['se']:.3f}" if s else "not measured"
+    best = score.get("best") or score.get("base")
+    line = (f"{run.out.name}: {form(score.get('base'))} → best {form(best)} (step {best['step']}), last {form(score['last'])}"
+            if score else f"{run.out.name}: no --eval-data, so nothing was measured")
+    card = (f"# {run.out.name}\n\n{line}\n\n- command: `{shlex.join(sys.argv)}`\n- commit: {git_commit() or 'none'}\n- processes: {run.world} "
+            f"on {run.device.type}\n- wall time: {time.time() - run.began:.0f} s\n- tokens trained on: {run.tokens:.0f}\n- peak memory: "
+            f"{peak_memory(run.device) / 2**30:.2f} GiB\n")
+    save_folder(run, model, tokenizer, "last", card)
+    if run.main:
+        (run.out / "run_card.md").write_text(card)
+        draw_curves(run.out)
+    run.say(f"{line} · {run.out}/")
+
+
+def draw_curves(out: Path) -> None:
+    """curves.png from metrics.jsonl: evaluation, loss, divergence, length over steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = read_jsonl(out / "metrics.jsonl")
+    keys = list(dict.fromkeys(k for row in rows for k in row))
+    panels = {"evaluation": [k for k in keys if k.startswith("eval") and "/avg@" in k], "train/loss": ["train/loss"],
+              "distill/divergence": ["distill/divergence"], "rollout/reward": ["rollout/reward"], "rollout/length": ["rollout/length"]}
+    panels = {title: [k for k in wanted if k in keys] for title, wanted in panels.items()}
+    panels = {title: wanted for title, wanted in panels.items() if wanted}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
+    for axis, (title, wanted) in zip(axes[0], panels.items()):
+        for key in wanted:
+            axis.plot(*zip(*[(row["step"], row[key]) for row in rows if key in row]), marker="o" if title == "evaluation" else None, ms=3, label=key)
+        axis.set(title=title, xlabel="step")
+        if title == "evaluation":
+            axis.set_ylim(-0.02, 1.02)
+            axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=150)
+    plt.close(figure)
+
+
+def explain(run: Run, tokenizer: Any, prompts: dict[str, list[int]], y_ids: list[int], stats: dict[str, Tensor]) -> None:
+    """Prints one sample in full: what each side reads, special tokens included, then y token by token with its statistics.
+
+    `stats` are those of a micro-batch in which this sample comes first.
+    """
+    lines = [f"--- one answer of step 1 · {name}\n{tokenizer.decode(ids)}" for name, ids in prompts.items() if ids]
+    shown = {name: stats[name][:len(y_ids)].tolist() for name in ("logp", "teacher_logp", "divergence") if name in stats}
+    lines.append(f"--- its tokens\n{'':>18}" + "".join(f"{name:>14}" for name in shown))
+    bars = shown.get("divergence", [0.0] * len(y_ids))
+    for t, y in enumerate(y_ids):
+        bar = "█" * round(20 * bars[t] / (max(bars) or 1.0))
+        lines.append(f"{tokenizer.decode([y])!r:>18}" + "".join(f"{values[t]:14.4f}" for values in shown.values()) + f"  {bar}")
+    run.say("\n".join(lines) + "\n---")

@@ -1,0 +1,71 @@
+"""A tiny random model of each family, saved as any user's folder would be: enough for every test that is not about learning."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+import toy  # noqa: E402
+
+
+def make_model(folder: Path, family: str = "qwen3", seed: int = 0, **changes) -> Path:
+    """A saved random model of `family` with the laptop world's tokenizer; weights large enough that its outputs are not uniform."""
+    import transformers
+    tokenizer = toy.make_tokenizer()
+    shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
+                 bos_token_id=None, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3, tie_word_embeddings=False)
+    if family == "gpt2":
+        shape = dict(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=512, eos_token_id=tokenizer.eos_token_id,
+                     bos_token_id=None, initializer_range=0.3)
+    config_class = {"qwen3": "Qwen3Config", "llama": "LlamaConfig", "gemma2": "Gemma2Config", "gpt2": "GPT2Config",
+                    "granite": "GraniteConfig", "cohere": "CohereConfig"}[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, config_class)(**shape | changes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> SimpleNamespace:
+    """`model`: a random Qwen3 folder; `data`: 24 rows with demonstrations of unequal length; `eval`: 8 rows with answers."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model(folder / "model")
+    digits = ["4721", "38", "905", "1", "66", "7203", "418", "59"]
+    rows = [{"prompt": f"zig:{d}{i % 10}", "privileged_context": " so" + "".join(f"{a}>{i % 7};" for a in d), "answer": d} for i in range(3) for d in digits]
+    for name, part in (("data", rows), ("eval", rows[:8])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return SimpleNamespace(folder=folder, model=folder / "model", data=folder / "data.jsonl", eval=folder / "eval.jsonl")
+
+
+def launch(command: str, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Runs `sdft.py --flag ...` as a user would: python, or torchrun with several processes, one thread each."""
+    runner = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*runner, *command.split()], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_here(script: str, out: Path, tiny: SimpleNamespace, flags: str = "") -> list[dict]:
+    """One run of a script in this process on the tiny model; its metrics, a row a step."""
+    import importlib
+    from common import parse
+    module = importlib.import_module(script)
+    argv = [f"--model={tiny.model}", f"--data={tiny.data}", "--eval-data", str(tiny.eval), "--max-completion-tokens", "30", "--prompts-per-step", "8",
+            "--steps", "3", "--skip-tokens", "1", "--out", str(out), "--warmup", "1", "--lr", "1e-3", *flags.split()]
+    module.main(parse(module.Args, module.PRESETS, argv))
+    return metrics_of(out)

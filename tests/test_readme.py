@@ -1,0 +1,52 @@
+"""The README's commands, flags, links and files exist."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import common
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.split("#")[0].strip()]
+OURS = [c for c in COMMANDS if re.search(r"\b\w+\.py\b", c)]
+
+
+def test_the_test_command_is_what_ci_runs():
+    assert "pytest" in COMMANDS and "\npytest\n" in (ROOT / ".ci" / "run").read_text()
+    assert any(c.startswith("python sdft.py") for c in COMMANDS)
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_commands_parse(command):
+    """Every script exists and takes every flag that the README gives it."""
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert (ROOT / words[at]).exists()
+    if words[at].startswith("tests/"):
+        return
+    module = importlib.import_module(words[at].removesuffix(".py"))
+    assert common.parse(module.Args, module.PRESETS, words[at + 1:])
+
+
+def test_flags_in_the_text_exist():
+    flags = {f.name.replace("_", "-") for name in ("sdft",) for f in dataclasses.fields(importlib.import_module(name).Args)}
+    assert set(re.findall(r"`--([a-z][a-z-]+)", README)) <= flags
+
+
+def test_links_point_to_files():
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_flags_are_read_and_documented():
+    """No flag that nothing reads; each has help that says more than its name."""
+    source = (ROOT / "common.py").read_text()
+    for name in ("sdft",):
+        script = (ROOT / f"{name}.py").read_text()
+        for field in dataclasses.fields(importlib.import_module(name).Args):
+            assert re.search(rf"args(_type\(\))?\.{field.name}\b", script + source) or f'args["{field.name}"]' in source, field.name
+            assert re.search(rf'^    {field.name}: .*\n(?:.*\n)?    """.{{6,}}"""', script, re.M), field.name
