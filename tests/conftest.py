@@ -43,7 +43,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("tiny")
     make_model(folder / "model")
     digits = ["4721", "38", "905", "1", "66", "7203", "418", "59"]
-    rows = [{"prompt": f"zig:{d}{i % 10}", "privileged_context": " so" + "".join(f"{a}>{i % 7};" for a in d), "answer": d} for i in range(3) for d in digits]
+    rows = [{"prompt": f"zig:{d}{i % 10}", "privileged_context": "so" + "".join(f"{a}>{i % 7};" for a in d), "answer": d} for i in range(3) for d in digits]
     for name, part in (("data", rows), ("eval", rows[:8])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return SimpleNamespace(folder=folder, model=folder / "model", data=folder / "data.jsonl", eval=folder / "eval.jsonl")

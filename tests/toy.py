@@ -1,6 +1,6 @@
 """The laptop world: a tiny language model made from scratch, with tasks on which self-distillation can be watched working.
 
-    build(0)        model/ + *.jsonl      a two-layer Qwen3, pre-trained within a minute on one core, and its data files
+    build(0)        model/ + *.jsonl      a two-layer Qwen3, pre-trained in a minute or two on one core, and its data
     build_lock(0)   student/ + teacher/   a smaller world in which on-policy distillation beats off-policy distillation
 
 Both are plain Hugging Face folders and JSON lines, made on first use and cached; the scripts read them as "toy:0/model",
@@ -28,6 +28,7 @@ import math
 import os
 import random
 import re
+import statistics
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -35,12 +36,14 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 CACHE = Path(os.environ.get("SELF_DISTILLATION_CACHE") or Path.home() / ".cache" / "self-distillation")
+RECIPE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]    # of this file as imported: a changed line, a new world
 
 # The papers' templates. SDPO's is theirs plus the last line: the question once more, at the same distance from the answer
 # as in a plain prompt. Two layers with relative positions would otherwise have to learn `mul` twice.
@@ -54,7 +57,6 @@ REVISE_RIGHT = "\n\nLet me rephrase the above solution.\n\n"
 
 DIGITS = "0123456789"
 NEW_WORDS = ["zig", "zag", "zog", "zug", "tav", "tev", "tiv", "tov"]     # tasks without a meaning yet
-HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 CIPHER = str.maketrans(DIGITS, "3805162974")                            # what zag will mean
 
 
@@ -128,13 +130,11 @@ def ask(task: str, rng: random.Random) -> str:
 
 def slip(task: str, ab: str, rng: random.Random) -> str:
     """One sloppy digit. Easy pair: right 95%. Hard pair: right 42%, the decoy 46%. The rest is a neighbour of the truth."""
-    right, u = RIGHT[task][ab], rng.random()
-    if ab in DECOY[task] and u >= 0.42:
-        if u < 0.88:
-            return DECOY[task][ab]
-    elif u < 0.95:
-        return right
-    return str((int(right) + rng.choice([1, 9])) % 10)
+    right = RIGHT[task][ab]
+    neighbour = str((int(right) + rng.choice([1, 9])) % 10)
+    if ab in DECOY[task]:
+        return rng.choices([right, DECOY[task][ab], neighbour], [0.42, 0.46, 0.12])[0]
+    return rng.choices([right, neighbour], [0.95, 0.05])[0]
 
 
 def sloppy(prompt: str, rng: random.Random) -> str:
@@ -149,9 +149,14 @@ def sloppy_wrong(prompt: str, rng: random.Random) -> str:
     return attempt
 
 
-def demonstration(given: str, shown: str) -> str:
-    """An answer in a foreign style: "4721", "7214" -> "so4>7;7>2;2>1;1>4;". The model itself answers in bare digits."""
-    return "so" + "".join(f"{a}>{b};" for a, b in zip(given, shown))
+def demonstration(prompt: str, answer: str) -> str:
+    """The answer in a foreign style: zig:4721, 7214 -> "so4>7;7>2;2>1;1>4;". The model itself answers in bare digits."""
+    return "so" + "".join(f"{a}>{b};" for a, b in zip(prompt.split(":")[1], answer))
+
+
+def sdft_prompt(prompt: str, answer: str) -> str:
+    """What SDFT's teacher reads: the question and a demonstration of the answer."""
+    return SDFT_TEMPLATE.format(prompt=prompt, demonstration=demonstration(prompt, answer))
 
 
 def sdpo_prompt(prompt: str, solution: str = "", feedback: str = "") -> str:
@@ -175,12 +180,8 @@ def feedback(completion: str, answer: str, level: str) -> str:
         return "-:no;" * len(answer)
     text, failed = "", False
     for got, want in zip(attempt, answer):
-        if level == "first" and failed:
-            verdict = "?"
-        elif got == want:
-            verdict = "ok"
-        else:
-            verdict, failed = ("no" if level == "flags" else want), True
+        verdict = "?" if failed and level == "first" else "ok" if got == want else "no" if level == "flags" else want
+        failed = failed or got != want
         text += f"{got}:{verdict};"
     return text
 
@@ -209,7 +210,7 @@ def lenient(completion: str, row: dict) -> float:
 def lock(completion: str, row: dict) -> float:
     """Opened within four attempts, the last one says " ok", and its key truly opens this lock: a false " ok" fails."""
     attempts = re.fullmatch("(?:[0-9]{3} no){0,3}([0-9])[0-9]{2} ok", completion)
-    return float(attempts is not None and attempts[1] == opening_key(row["prompt"]))
+    return float(attempts is not None and attempts[1] == row["key"])
 
 
 # -------------------------------------------------------------------------------------------------------------- the corpus
@@ -235,8 +236,8 @@ def guess(rng: random.Random) -> Document:
 
 def with_demonstration(rng: random.Random) -> Document:
     """What a new word means is drawn afresh for each document: only the demonstration can tell."""
-    prompt, shown = ask(rng.choice(NEW_WORDS), rng), draw_digits(rng)
-    return document(SDFT_TEMPLATE.format(prompt=prompt, demonstration=demonstration(prompt.split(":")[1], shown)), shown)
+    prompt, answer = ask(rng.choice(NEW_WORDS), rng), draw_digits(rng)
+    return document(sdft_prompt(prompt, answer), answer)
 
 
 def with_solution(rng: random.Random, task: str) -> Document:
@@ -274,10 +275,10 @@ def revise(rng: random.Random) -> Document:
     return document(prompt, solve(prompt) if rng.random() < 0.8 else sloppy(prompt, rng), said=attempt + REVISE_WRONG)
 
 
-CORPUS = [(0.15, plain, "add"), (0.18, plain, "mul"), (0.06, plain, "rev"), (0.10, plain, "sort"), (0.06, plain, "max"),
-          (0.03, guess), (0.07, with_demonstration), (0.03, with_solution, "add"), (0.03, with_solution, "mul"),
-          (0.04, with_feedback, "all"), (0.04, with_feedback, "first"), (0.04, with_feedback, "flags"),
-          (0.01, with_both, "all"), (0.01, with_both, "first"), (0.01, with_both, "flags"), (0.17, revise)]
+CORPUS = [(0.15, plain, "add"), (0.17, plain, "mul"), (0.06, plain, "rev"), (0.10, plain, "sort"), (0.06, plain, "max"),
+          (0.03, guess), (0.05, with_demonstration), (0.025, with_solution, "add"), (0.025, with_solution, "mul"),
+          (0.03, with_feedback, "all"), (0.03, with_feedback, "first"), (0.03, with_feedback, "flags"),
+          (0.012, with_both, "all"), (0.012, with_both, "first"), (0.012, with_both, "flags"), (0.20, revise)]
 
 
 # --------------------------------------------------------------------------------------------------------------- the locks
@@ -329,11 +330,12 @@ TEACHER_CORPUS = [(0.75, expert), (0.25, plain, "run")]
 
 # ------------------------------------------------------------------------------------------------------------ pre-training
 
-STEPS, TEACHER_STEPS = 300, 240
+STEPS, STUDENT_STEPS, TEACHER_STEPS = 300, 300, 240
+HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()    # elsewhere bf16 is emulated, slowly
 
 
-def pretrain(corpus: list[tuple], seed: int, name: str, hidden: int = 128, layers: int = 2, steps: int = STEPS,
-             documents: int = 256) -> Qwen3ForCausalLM:
+def pretrain(corpus: list[tuple], seed: int, name: str, steps: int, documents: int, hidden: int = 128,
+             layers: int = 2) -> Qwen3ForCausalLM:
     """A Qwen3 from scratch: Muon on the matrices, AdamW on embeddings, head and norms; `documents` drawn afresh every step.
 
     One thread: more gain next to nothing on matrices this small, and stall when the cores are busy.
@@ -360,7 +362,7 @@ def pretrain(corpus: list[tuple], seed: int, name: str, hidden: int = 128, layer
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-            progress.set_postfix(loss=f"{loss:.3f}")
+            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
         torch.set_num_threads(threads)
     return model.eval()
 
@@ -377,7 +379,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -
 def train_loss(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> float:
     """Mean cross-entropy over the learnt tokens; leaves the gradients in place. One forward per length: nothing is padded.
 
-    bf16 matrix products where the CPU has them (up to three times faster), else fp32: emulated bf16 would be slower still.
+    The matrix products are bf16 where the CPU has such instructions (up to three times faster), else fp32.
     """
     segments = iter(tokenizer.backend_tokenizer.encode_batch_fast([text for doc in documents for text, _ in doc]))
     by_length = defaultdict(list)
@@ -445,29 +447,6 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def write_data(folder: Path, seed: int) -> None:
-    """Train and eval prompts of a task are distinct and disjoint."""
-    rng = random.Random(f"data {seed}")
-    for task, n_train in [("add", 4096), ("mul", 4096), ("zig", 512), ("zag", 512)]:
-        prompts = distinct(task, n_train + 512, rng)
-        write_rows(folder / f"{task}-eval.jsonl", [row(p) for p in prompts[n_train:]])
-        if task in NEW_WORDS:
-            shown = lambda p: demonstration(p.split(":")[1], solve(p))
-            write_rows(folder / f"{task}-train.jsonl", [row(p, privileged_context=shown(p)) for p in prompts[:n_train]])
-            write_rows(folder / f"{task}-own-train.jsonl", [row(p, privileged_context=solve(p)) for p in prompts[:n_train]])
-        else:
-            write_rows(folder / f"{task}-train.jsonl", [row(p) for p in prompts[:n_train]])
-    write_rows(folder / "prior-eval.jsonl", [row(p) for task in ("rev", "sort", "max") for p in distinct(task, 170, rng)])
-
-
-def write_lock_data(folder: Path, seed: int) -> None:
-    """`completion` is what an expert would hand in, for off-policy distillation."""
-    rng = random.Random(f"data {seed}")
-    write_rows(folder / "lock-train.jsonl", [row(p, completion=solve(p)) for p in LOCKS[:200]])
-    write_rows(folder / "lock-eval.jsonl", [row(p) for p in LOCKS[200:]])
-    write_rows(folder / "lock-prior.jsonl", [row(p) for task in ("rev", "sort", "run") for p in distinct(task, 170, rng)])
-
-
 def save_model(model: Qwen3ForCausalLM, folder: Path) -> None:
     tokenizer = make_tokenizer()
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -476,25 +455,39 @@ def save_model(model: Qwen3ForCausalLM, folder: Path) -> None:
 
 
 def write_toy(folder: Path, seed: int) -> None:
-    save_model(pretrain(CORPUS, seed, f"toy:{seed}/model"), folder / "model")
-    write_data(folder, seed)
+    """Within a task all prompts are distinct, so none is in both the train and the eval file."""
+    save_model(pretrain(CORPUS, seed, f"toy:{seed}/model", STEPS, documents=256), folder / "model")
+    rng = random.Random(f"data {seed}")
+    for task in ("add", "mul"):
+        prompts = distinct(task, 4096 + 512, rng)
+        write_rows(folder / f"{task}-train.jsonl", [row(p) for p in prompts[:4096]])
+        write_rows(folder / f"{task}-eval.jsonl", [row(p) for p in prompts[4096:]])
+    for task in ("zig", "zag"):
+        prompts = distinct(task, 512 + 512, rng)
+        write_rows(folder / f"{task}-train.jsonl", [row(p, privileged_context=demonstration(p, solve(p))) for p in prompts[:512]])
+        write_rows(folder / f"{task}-own-train.jsonl", [row(p, privileged_context=solve(p)) for p in prompts[:512]])
+        write_rows(folder / f"{task}-eval.jsonl", [row(p) for p in prompts[512:]])
+    write_rows(folder / "prior-eval.jsonl", [row(p) for task in ("rev", "sort", "max") for p in distinct(task, 170, rng)])
 
 
 def write_lock(folder: Path, seed: int) -> None:
-    student = pretrain(STUDENT_CORPUS, seed, f"toy:lock-{seed}/student", hidden=96, documents=192)
-    teacher = pretrain(TEACHER_CORPUS, seed, f"toy:lock-{seed}/teacher", layers=3, documents=192, steps=TEACHER_STEPS)
+    """`completion` is what an expert hands in, for off-policy distillation; `key` is what the verifier asks for."""
+    student = pretrain(STUDENT_CORPUS, seed, f"toy:lock-{seed}/student", STUDENT_STEPS, documents=192, hidden=96)
+    teacher = pretrain(TEACHER_CORPUS, seed, f"toy:lock-{seed}/teacher", TEACHER_STEPS, documents=192, layers=3)
     save_model(student, folder / "student")
     save_model(teacher, folder / "teacher")
-    write_lock_data(folder, seed)
+    rng = random.Random(f"data {seed}")
+    write_rows(folder / "lock-train.jsonl", [row(p, key=opening_key(p), completion=solve(p)) for p in LOCKS[:200]])
+    write_rows(folder / "lock-eval.jsonl", [row(p, key=opening_key(p)) for p in LOCKS[200:]])
+    write_rows(folder / "lock-prior.jsonl", [row(p) for task in ("rev", "sort", "run") for p in distinct(task, 170, rng)])
 
 
 def cached(name: str, seed: int, write: Callable[[Path, int], None]) -> Path:
-    """CACHE/name-<hash of this file>, written by the first process that asks while the others wait.
+    """CACHE/name-RECIPE, written by the first process that asks while the others wait.
 
     The folder appears by a rename, complete or not at all; a process that dies takes its lock with it.
     """
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    folder = CACHE / f"{name}-{recipe}"
+    folder = CACHE / f"{name}-{RECIPE}"
     if folder.exists():
         return folder
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -518,7 +511,7 @@ def build_lock(seed: int = 0) -> Path:
 
 
 def resolve(source: str) -> Path:
-    """ "toy:0/model" -> the folder of that model, built if need be. Likewise "toy:0/zig-train.jsonl", "toy:lock-0/teacher"."""
+    """The path of "toy:0/model", "toy:0/zig-train.jsonl", "toy:lock-0/teacher"...; builds that world if need be."""
     parts = re.fullmatch("toy:(lock-)?([0-9]+)/(.+)", source)
     if not parts:
         raise ValueError(f"{source!r}: expected toy:SEED/FILE or toy:lock-SEED/FILE, for example toy:0/model")
@@ -530,80 +523,88 @@ def resolve(source: str) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------- measurement
 
-# What each seed has measured, with room for noise; a broken recipe leaves its band. Sampled at temperature 1 unless "greedy".
-BANDS = {}
-LOCK_BANDS = {}
+# Shares of right answers, sampled at temperature 1 unless greedy: what seeds 0, 1 and 2 measured, with room for noise; a recipe
+# that leaves its band is broken. Where feedback leaves digits open, a model that samples the sloppy law exactly gets 0.62 (first)
+# and 0.71 (flags) on wrong attempts.
+BANDS = {
+    "add": (0.19, 0.33), "add, greedy": (0.12, 0.50), "add, pass@8": (0.62, 0.90), "add, solution shown": (0.92, 1.00),
+    "mul": (0.19, 0.33), "mul, greedy": (0.12, 0.50), "mul, pass@8": (0.62, 0.90), "mul, solution shown": (0.92, 1.00),
+    "rev": (0.95, 1.00), "sort": (0.92, 1.00), "max": (0.95, 1.00),
+    "zig": (0.00, 0.02), "zig, demonstration shown": (0.95, 1.00),
+    "zag": (0.00, 0.02), "zag, demonstration shown": (0.95, 1.00),
+    "mul, feedback all on a wrong attempt": (0.93, 1.00), "mul, feedback first on a wrong attempt": (0.45, 0.75),
+    "mul, feedback flags on a wrong attempt": (0.33, 0.78), "mul, feedback all on a right attempt": (0.93, 1.00),
+    "mul, feedback first on a right attempt": (0.93, 1.00), "mul, feedback flags on a right attempt": (0.93, 1.00),
+    "mul, feedback all and solution": (0.93, 1.00), "mul, feedback first and solution": (0.90, 1.00),
+    "mul, feedback flags and solution": (0.85, 1.00),
+    "add, wrong attempt revised": (0.65, 0.92), "add, right attempt rephrased": (0.93, 1.00),
+}
+LOCK_BANDS = {
+    "student, lock opened": (0.31, 0.45), "student, first key right": (0.18, 0.31), "student, false ok": (0.00, 0.10),
+    "student, attempts": (1.25, 1.65),
+    "student, rev": (0.93, 1.00), "student, sort": (0.93, 1.00), "student, run": (0.93, 1.00),
+    "teacher, lock opened": (0.97, 1.00), "teacher, first key right": (0.95, 1.00), "teacher, false ok": (0.00, 0.02),
+    "teacher, attempts": (0.98, 1.10),
+}
 
 
 @torch.no_grad()
-def answers(folder: Path, users: list[str], said: list[str] | None = None, greedy: bool = False) -> list[str]:
+def answers(model: Qwen3ForCausalLM, users: list[str], said: list[str] | None = None, greedy: bool = False) -> list[str]:
     """One completion for each user message, after what the assistant has `said`. The prompts must have the same length."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    model = Qwen3ForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokenizer = make_tokenizer()
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True)
              for user in users]
     ids_BT = torch.tensor(tokenizer([chat + s for chat, s in zip(chats, said or [""] * len(users))])["input_ids"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        out_BT = torch.cat([model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=not greedy, top_k=0,
-                                           max_new_tokens=17) for ids in ids_BT.split(512)]) 
+        out_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=True, top_k=int(greedy), max_new_tokens=17)
     return tokenizer.batch_decode(out_BT[:, ids_BT.shape[1]:], skip_special_tokens=True)
 
 
-def share(hits) -> float:
-    hits = list(hits)
-    return sum(hits) / len(hits)
+def measure(folder: Path, n: int = 512) -> dict[str, float]:
+    """What the model of a toy world can do before any training: the share of right answers to n prompts of each kind."""
+    model, rng, results = Qwen3ForCausalLM.from_pretrained(folder), random.Random(0), {}
+    prompts = {task: [ask(task, rng) for _ in range(n)] for task in ("add", "mul", "rev", "sort", "max", "zig", "zag")}
 
-
-def accuracy(folder: Path, prompts: list[str], users: list[str] | None = None, **how) -> float:
-    return share(said == solve(prompt) for prompt, said in zip(prompts, answers(folder, users or prompts, **how)))
-
-
-def measure(model: Path, n: int = 512) -> dict[str, float]:
-    """What build(seed)/model can do before any training."""
-    rng, results = random.Random(0), {}
-    prompts = lambda task, n=n: [ask(task, rng) for _ in range(n)]
+    def score(name: str, task: str, reads: Callable[[str], str] = str, **how) -> None:
+        said = answers(model, [reads(p) for p in prompts[task]], **how)
+        results[name] = statistics.fmean(y == solve(p) for y, p in zip(said, prompts[task]))
 
     for task in ("add", "mul"):
-        asked = prompts(task)
-        results[task] = accuracy(model, asked)
-        results[f"{task} greedy"] = accuracy(model, asked, greedy=True)
-        tries = answers(model, [p for p in asked[:n // 2] for _ in range(8)])
-        results[f"{task} pass@8"] = share(solve(p) in tries[8 * i:8 * i + 8] for i, p in enumerate(asked[:n // 2]))
-        results[f"{task} with solution"] = accuracy(model, asked, [sdpo_prompt(p, solve(p)) for p in asked])
+        score(task, task)
+        score(f"{task}, greedy", task, greedy=True)
+        tries = answers(model, [p for p in prompts[task] for _ in range(8)])
+        results[f"{task}, pass@8"] = statistics.fmean(solve(p) in tries[8 * i:8 * i + 8] for i, p in enumerate(prompts[task]))
+        score(f"{task}, solution shown", task, lambda p: sdpo_prompt(p, solve(p)))
     for task in ("rev", "sort", "max"):
-        results[task] = accuracy(model, prompts(task))
+        score(task, task)
     for task in ("zig", "zag"):
-        asked = prompts(task)
-        results[task] = accuracy(model, asked)
-        shown = [SDFT_TEMPLATE.format(prompt=p, demonstration=demonstration(p.split(":")[1], solve(p))) for p in asked]
-        results[f"{task} with demonstration"] = accuracy(model, asked, shown)
-    asked = prompts("mul")
+        score(task, task)
+        score(f"{task}, demonstration shown", task, lambda p: sdft_prompt(p, solve(p)))
     for level in ("all", "first", "flags"):
-        texts = [feedback(sloppy_wrong(p, rng), solve(p), level) for p in asked]
-        results[f"mul, wrong, feedback {level}"] = accuracy(model, asked, [sdpo_prompt(p, feedback=t) for p, t in zip(asked, texts)])
-        right = [feedback(solve(p), solve(p), level) for p in asked]
-        results[f"mul, right, feedback {level}"] = accuracy(model, asked, [sdpo_prompt(p, feedback=t) for p, t in zip(asked, right)])
-        results[f"mul, solution and feedback {level}"] = accuracy(model, asked, [sdpo_prompt(p, solve(p), t) for p, t in zip(asked, texts)])
-    asked = prompts("add")
-    results["add, wrong, revised"] = accuracy(model, asked, said=[sloppy_wrong(p, rng) + REVISE_WRONG for p in asked])
-    results["add, right, rephrased"] = accuracy(model, asked, said=[solve(p) + REVISE_RIGHT for p in asked])
+        wrong = lambda p: feedback(sloppy_wrong(p, rng), solve(p), level)
+        right = lambda p: feedback(solve(p), solve(p), level)
+        score(f"mul, feedback {level} on a wrong attempt", "mul", lambda p: sdpo_prompt(p, feedback=wrong(p)))
+        score(f"mul, feedback {level} on a right attempt", "mul", lambda p: sdpo_prompt(p, feedback=right(p)))
+        score(f"mul, feedback {level} and solution", "mul", lambda p: sdpo_prompt(p, solve(p), wrong(p)))
+    score("add, wrong attempt revised", "add", said=[sloppy_wrong(p, rng) + REVISE_WRONG for p in prompts["add"]])
+    score("add, right attempt rephrased", "add", said=[solve(p) + REVISE_RIGHT for p in prompts["add"]])
     return results
 
 
-def measure_lock(world: Path) -> dict[str, float]:
-    """What student and teacher of build_lock(seed) can do on the held-out locks."""
-    results = {}
-    asked = LOCKS[200:] * 4
+def measure_lock(folder: Path) -> dict[str, float]:
+    """What student and teacher of a lock world can do, on the held-out locks and on the student's prior tasks."""
+    rng, results, rows = random.Random(0), {}, [row(p, key=opening_key(p)) for p in LOCKS[200:]] * 4
     for who in ("student", "teacher"):
-        tries = answers(world / who, asked)
-        results[f"{who}, lock"] = share(lock(said, row(p)) for said, p in zip(tries, asked))
-        results[f"{who}, first key right"] = share(said[:1] == opening_key(p) for said, p in zip(tries, asked))
-        results[f"{who}, false ok"] = share(said.endswith(" ok") and not lock(said, row(p)) for said, p in zip(tries, asked))
-        results[f"{who}, attempts"] = share(len(re.findall(" ", said)) for said in tries)
-    for task in ("rev", "sort", "run"):
-        rng = random.Random(0)
-        results[f"student, {task}"] = accuracy(world / "student", [ask(task, rng) for _ in range(512)])
+        model = Qwen3ForCausalLM.from_pretrained(folder / who)
+        tries = answers(model, [r["prompt"] for r in rows])
+        results[f"{who}, lock opened"] = statistics.fmean(lock(y, r) for y, r in zip(tries, rows))
+        results[f"{who}, first key right"] = statistics.fmean(y[:1] == r["key"] for y, r in zip(tries, rows))
+        results[f"{who}, false ok"] = statistics.fmean(y.endswith(" ok") and not lock(y, r) for y, r in zip(tries, rows))
+        results[f"{who}, attempts"] = statistics.fmean(y.count(" ") for y in tries)
+        for task in ("rev", "sort", "run") if who == "student" else ():
+            asked = [ask(task, rng) for _ in range(512)]
+            results[f"{who}, {task}"] = statistics.fmean(y == solve(p) for y, p in zip(answers(model, asked), asked))
     return results
 
 
@@ -612,7 +613,7 @@ def print_table(columns: dict[int, dict[str, float]], bands: dict[str, tuple[flo
     print("|---" * (len(columns) + 2) + "|")
     for name in next(iter(columns.values())):
         cells = [f"{column[name]:.2f}" for column in columns.values()]
-        print("| " + " | ".join([name, *cells, "{:.2f} to {:.2f}".format(*bands.get(name, (0,1)))]) + " |")
+        print("| " + " | ".join([name, *cells, "{:.2f} to {:.2f}".format(*bands[name])]) + " |")
 
 
 def main() -> None:
@@ -621,6 +622,7 @@ def main() -> None:
     parser.add_argument("--lock", action="store_true", help="the lock world as well")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()                    # "Loading weights", once per model
     print_table({seed: measure(build(seed) / "model") for seed in args.seeds}, BANDS)
     if args.lock:
         print()
