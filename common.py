@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple
+from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -108,6 +108,14 @@ class Run:
         if self.world > 1:
             dist.all_reduce(values)
         return dict(zip(parts, values.tolist()))
+
+    def gather(self, values: list[float]) -> list[float]:
+        """The numbers of all ranks, laid end to end."""
+        if self.world == 1:
+            return values
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, np.asarray(values))
+        return np.concatenate(parts).tolist()
 
     def stop_requested(self) -> bool:
         """True on every rank at once after any of them was told to stop (SIGTERM, Ctrl-C)."""
@@ -248,20 +256,29 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Head(NamedTuple):
-    """What turns hidden states [N, D] into logits [N, V]: softcap(scale * (h W^T + b)), in float32 whatever the weights are."""
-    weight: Tensor                                           # [V, D]
-    bias: Tensor | None = None                               # [V]
-    scale: float = 1.0                                       # Granite: 1 / logits_scaling; Cohere: logit_scale
-    softcap: float = 0.0                                     # Gemma 2: final_logit_softcapping; 0 = none
+    """What turns hidden states [N, D] into logits [N, V]: softcap(scale * (h W^T + b))."""
+
+    weight: Tensor                 # [V, D]
+    bias: Tensor | None = None     # [V]
+    scale: float = 1.0             # Granite: 1 / logits_scaling; Cohere: logit_scale
+    softcap: float = 0.0           # Gemma 2: final_logit_softcapping; 0 = none
 
     def logits(self, h_ND: Tensor) -> Tensor:
-        dtype = torch.float64 if h_ND.dtype == torch.float64 else torch.float32
-        z_NV = h_ND.to(dtype) @ self.weight.to(dtype).T
+        """float32 (float64 if the inputs are), whatever the weights' dtype. For tests and small inputs: all of [N, V]."""
+        dtype = _product_dtype(h_ND, self.weight)
+        return self.finish(_matmul(h_ND.to(dtype), self.weight.to(dtype).t()))
+
+    def finish(self, a: Tensor) -> Tensor:
+        """Logits from the product a = h W^T."""
         if self.bias is not None:
-            z_NV = z_NV + self.bias.to(dtype)
+            a = a + self.bias
         if self.scale != 1.0:
-            z_NV = z_NV * self.scale
-        return self.softcap * torch.tanh(z_NV / self.softcap) if self.softcap else z_NV
+            a = a * self.scale
+        return self.softcap * torch.tanh(a / self.softcap) if self.softcap else a
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """d logits / d product, given the logits."""
+        return self.scale * (1 - (z / self.softcap) ** 2) if self.softcap else self.scale
 
 
 def head_of(model: nn.Module) -> Head:
@@ -660,7 +677,7 @@ def on_completions(model: nn.Module, pairs: list[tuple[list[int], list[int]]], a
     col = torch.tensor([len(prompt) - 1 + t for prompt, y in pairs for t in range(len(y))], device=model.device)
     with compute_dtype(model, args):
         h_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-    return fn(h_BLD[row, col], head_of(model))
+        return fn(h_BLD[row, col], head_of(model))
 
 
 class Teacher:
@@ -721,80 +738,237 @@ def check_vocabularies(student: nn.Module, teacher: nn.Module, name: str) -> Non
         raise InputError(f"--teacher {name}: it has {theirs} tokens and the student {ours}; they must share one vocabulary")
 
 
-# ---------------------------------------------------------------- Loss: exact over the vocabulary, from hidden states
+# ---------------------------------------------------------------- Loss: exact over the vocabulary, memory independent of tokens x vocabulary
+LOG_ZERO = -1e30                       # log 0, finite: 0 log 0 is 0, and an impossible token costs 1e30 p, not inf - inf
+BLOCK = {"cpu": 2**18, "cuda": 2**24}  # logits whose temporaries are alive at once: on CPU they never leave the cache
+
+
 def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, Head]], y_N: Tensor, weight_N: Tensor, *,
                  divergence: Divergence = "forward_kl", beta: float = 0.5, support: Support = "full", topk: int = 100,
-                 tail: bool = True, temperature: float = 1.0, behaviour_logp_N: Tensor | None = None, is_cap: float = 0.0,
-                 chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum_n weight_n ratio_n D_n, with p the student's and q the teacher's distribution, and detached per-token statistics.
+                 tail: bool = True, temperature: float = 1.0, behaviour_logp_N: Tensor | None = None,
+                 is_cap: float = 0.0, chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum_n weight_n ratio_n D_n (a sum: the caller divides, once) and detached statistics [N] of every token.
 
-    forward_kl  KL(q||p)                            the student must cover whatever the teacher might say
-    reverse_kl  KL(p||q)                            the student may settle on what the teacher likes most
-    jsd         beta KL(q||m) + (1-beta) KL(p||m)   m = (1-beta) p + beta q
-    mixed       beta KL(q||p) + (1-beta) KL(p||q)
+    D      divergence of the student's next-token distribution p and the teacher's q, see `_divergence`
+    q      softmax of sum_k c_k logits_k over the entries (c_k, h_k, head_k) of `teacher`: one with c = 1, or
+           (1 - a, reference), (a, live) for a trust region. The teacher is a target; no gradient reaches it.
+    support  full | the `topk` tokens that the student or the teacher finds likeliest, the others lumped into one
+           bucket (tail) or dropped and both sides renormalised | sampled: log p(y) - log q(y), reverse KL only
+    ratio  min(p(y) / p_behaviour(y), is_cap), a constant; 1 without behaviour_logp_N, no cap at 0
+    temperature  divides the logits of both sides, in every term and statistic; there is no T^2 in front
+    Tokens of weight 0 are not projected: no cost, no gradient, statistics 0.
     """
-    total, parts = h_ND.sum() * 0.0, []
-    for i in range(0, len(y_N), chunk):
-        s = slice(i, i + chunk)
-        log_p = (head.logits(h_ND[s]) / temperature).log_softmax(-1)
-        with torch.no_grad():
-            log_q = (sum(c * t.logits(h[s]) for c, h, t in teacher) / temperature).log_softmax(-1)
-        logp, logq = (x.gather(1, y_N[s, None])[:, 0] for x in (log_p, log_q))
-        a, b, masses = log_p, log_q, [torch.ones_like(logp)] * 2
-        if support in ("student_topk", "teacher_topk"):
-            if topk > log_p.shape[1]:
-                raise InputError(f"--topk {topk} is larger than the vocabulary ({log_p.shape[1]}); use --support full")
-            index = (log_p if support == "student_topk" else log_q).topk(topk).indices
-            a, b = log_p.gather(1, index), log_q.gather(1, index)
-            masses = [x.exp().sum(-1).clamp(max=1).detach() for x in (a, b)]
-            if tail:
-                rest = [(-x.logsumexp(-1).clamp(max=-1e-7).exp()).log1p()[:, None] for x in (a, b)]
-                a, b = torch.cat([a, rest[0]], 1), torch.cat([b, rest[1]], 1)
-            else:
-                a, b = a.log_softmax(-1), b.log_softmax(-1)
-        kl = lambda x, y: (x.exp() * (x - y)).sum(-1)
-        if support == "sampled":
-            D = (logp - logq).detach() * logp
-            value = (logp - logq).detach()
+    V = head.weight.shape[0]
+    if divergence not in get_args(Divergence) or support not in get_args(Support):
+        raise ValueError(f"divergence {divergence!r} on support {support!r}: expected one of {', '.join(get_args(Divergence))} "
+                         f"on one of {', '.join(get_args(Support))}")
+    if support == "sampled" and divergence != "reverse_kl":
+        raise ValueError(f"support 'sampled' estimates the reverse KL from the student's own tokens, not {divergence}: "
+                         "choose divergence reverse_kl, or support full, student_topk or teacher_topk")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta {beta}: a share of the teacher (jsd) or of the forward KL (mixed), from 0 to 1")
+    if support.endswith("topk") and not 1 <= topk <= V:
+        raise ValueError(f"topk {topk}: the vocabulary has {V} tokens; choose 1 to {V}, or support full")
+    assert all(other.weight.shape[0] == V for _, _, other in teacher), "student and teacher differ in vocabulary"
+
+    teacher = [entry for entry in teacher if entry[0] != 0]
+    shares = [share for share, _, _ in teacher]
+
+    def per_rows(z: Tensor, others: list[Tensor], n: Tensor):
+        t = others[0] if shares == [1] else sum(share * t for share, t in zip(shares, others, strict=True))
+        z, t, y = _cooled(z, temperature), _cooled(t, temperature), y_N[n].unsqueeze(-1)
+        log_p, p, log_q = _log_softmax(z), z.softmax(-1), _log_softmax(t)
+        logp, teacher_logp = log_p.gather(-1, y).squeeze(-1), log_q.gather(-1, y).squeeze(-1)
+        one = torch.ones_like(logp)
+        ratio = one if behaviour_logp_N is None else (logp - behaviour_logp_N[n]).exp().clamp(max=is_cap or math.inf)
+
+        mass_p = mass_q = one
+        if support == "full":
+            D, grad = _divergence(log_p, p, log_q, t.softmax(-1), divergence, beta)
+        elif support == "sampled":                       # the log-ratio is an advantage: differentiated itself, it has mean 0
+            D = logp - teacher_logp
+            grad = D.unsqueeze(-1) * _d_logp(p, y)
         else:
-            if divergence == "forward_kl":
-                D = kl(b, a)
-            elif divergence == "reverse_kl":
-                D = kl(a, b)
-            elif divergence == "jsd":
-                m = torch.logaddexp(a + math.log1p(-beta), b + math.log(beta))
-                D = beta * kl(b, m) + (1 - beta) * kl(a, m)
-            else:
-                D = beta * kl(b, a) + (1 - beta) * kl(a, b)
-            value = D.detach()
-        ratio = torch.ones_like(logp)
-        if behaviour_logp_N is not None:
-            ratio = (logp.detach() - behaviour_logp_N[s]).exp()
-            ratio = ratio.clamp(max=is_cap) if is_cap else ratio
-        total = total + (D * ratio * weight_N[s]).sum()
-        parts.append((value, logp.detach(), logq, -(log_p.exp() * log_p).sum(-1).detach(), *masses, ratio))
-    names = ("divergence", "logp", "teacher_logp", "entropy", "mass_student", "mass_teacher", "ratio")
-    return total, dict(zip(names, map(torch.cat, zip(*parts))))
+            kept = (z if support == "student_topk" else t).topk(topk, sorted=False).indices
+            D, grad, mass_p, mass_q = _divergence_on(kept, log_p, log_q, divergence, beta, tail)
+
+        factor = (weight_N[n] * ratio).to(z.dtype)
+        entropy = -(p * log_p).sum(-1)
+        return grad, factor / temperature, factor * D, D, logp, teacher_logp, entropy, mass_p, mass_q, ratio
+
+    names = ["divergence", "logp", "teacher_logp", "entropy", "mass_student", "mass_teacher", "ratio"]
+    active = weight_N.nonzero().squeeze(-1)
+    return _through_head(h_ND, head, [(h, other) for _, h, other in teacher], per_rows, names, active, chunk)
 
 
-def token_loss(h_ND: Tensor, head: Head, y_N: Tensor, fn: Callable[[Tensor, slice], Tensor], *, temperature: float = 1.0,
-               chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum_n fn(logp, n): any function of the token's own log-prob. NLL: -w logp. DFT: -w sg[exp(logp)] logp."""
-    total, parts = h_ND.sum() * 0.0, []
-    for i in range(0, len(y_N), chunk):
-        s = slice(i, i + chunk)
-        log_p = (head.logits(h_ND[s]) / temperature).log_softmax(-1)
-        logp = log_p.gather(1, y_N[s, None])[:, 0]
-        total = total + fn(logp, s).sum()
-        parts.append((logp.detach(), -(log_p.exp() * log_p).sum(-1).detach()))
-    return total, dict(zip(("logp", "entropy"), map(torch.cat, zip(*parts))))
+def token_loss(h_ND: Tensor, head: Head, y_N: Tensor, fn: Callable[[Tensor, Tensor], Tensor], *,
+               temperature: float = 1.0, chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum_n fn(log p(y_n), n): any differentiable function of the log-probs of y, and detached statistics [N].
+
+    fn sees some tokens at a time, their log-probs [n] and their places [n] in 0..N-1, and returns their weighted losses.
+    NLL: -w[n] * logp.   DFT: -w[n] * logp.exp().detach() * logp.   PPO, GRPO: the clipped surrogate.
+    """
+    def per_rows(z: Tensor, others: list[Tensor], n: Tensor):
+        z, y = _cooled(z, temperature), y_N[n].unsqueeze(-1)
+        log_p, p = _log_softmax(z), z.softmax(-1)
+        logp = log_p.gather(-1, y).squeeze(-1)
+        with torch.enable_grad():
+            loss = fn(logp.requires_grad_(), n)
+            slope, = torch.autograd.grad(loss.sum(), logp)
+        return _d_logp(p, y), slope / temperature, loss.detach(), logp.detach(), -(p * log_p).sum(-1)
+
+    return _through_head(h_ND, head, [], per_rows, ["logp", "entropy"], torch.arange(len(h_ND), device=h_ND.device), chunk)
 
 
 @torch.no_grad()
-def token_stats(h_ND: Tensor, head: Head, y_N: Tensor, *, temperature: float = 1.0, chunk: int = 512) -> tuple[Tensor, Tensor]:
-    """(log-prob of y [N], entropy [N]); no gradient, one product with the head."""
-    stats = token_loss(h_ND, head, y_N, lambda logp, s: logp * 0, temperature=temperature, chunk=chunk)[1]
+def token_stats(h_ND: Tensor, head: Head, y_N: Tensor, *, temperature: float = 1.0,
+                chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """(log-prob of y [N], entropy [N]) of one model. No gradient, one matrix product."""
+    _, stats = token_loss(h_ND, head, y_N, lambda logp, n: logp, temperature=temperature, chunk=chunk)
     return stats["logp"], stats["entropy"]
+
+
+def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, kind: Divergence, beta: float) -> tuple[Tensor, Tensor]:
+    """D(student p, teacher q) over the last dimension and dD/dz, z the student's logits, p = softmax(z).
+
+    forward_kl  KL(q||p)                                            p - q
+    reverse_kl  KL(p||q)                                            p (log p - log q - D)
+    jsd         beta KL(q||m) + (1-beta) KL(p||m)                   (1-beta) p (r - p.r),  r = log p - log m
+                with m = (1-beta) p + beta q; 0, not a KL, at beta = 0 and 1
+    mixed       beta KL(q||p) + (1-beta) KL(p||q)                   the same mixture of the first two
+    """
+    match kind:
+        case "forward_kl":
+            return (q * (log_q - log_p)).sum(-1), p - q
+        case "reverse_kl":
+            pr = p * (log_p - log_q)
+            D = pr.sum(-1)
+            return D, torch.addcmul(pr, p, D.unsqueeze(-1), value=-1)
+        case "jsd":
+            log_m = torch.lerp(p, q, beta).log_().clamp_(min=LOG_ZERO)
+            pr = p * (log_p - log_m)
+            kl_pm = pr.sum(-1)
+            D = beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * kl_pm
+            return D, torch.addcmul(pr, p, kl_pm.unsqueeze(-1), value=-1).mul_(1 - beta)
+        case "mixed":
+            forward, reverse = (_divergence(log_p, p, log_q, q, kl, beta) for kl in ("forward_kl", "reverse_kl"))
+            return torch.lerp(reverse[0], forward[0], beta), torch.lerp(reverse[1], forward[1], beta)
+
+
+def _divergence_on(kept: Tensor, log_p: Tensor, log_q: Tensor, kind: Divergence, beta: float,
+                   tail: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_divergence` on the kept tokens, plus one bucket for all the others (tail) or renormalised; and the masses kept.
+
+    The bucket's log-mass is summed over its tokens (1 - kept would cancel); its gradient is the softmax among them.
+    """
+    K, log_pK, log_qK = kept.shape[-1], log_p.gather(-1, kept), log_q.gather(-1, kept)
+    mass_p, mass_q = log_pK.exp().sum(-1), log_qK.exp().sum(-1)
+    if tail:
+        outside_p, outside_q = log_p.scatter(-1, kept, LOG_ZERO), log_q.scatter(-1, kept, LOG_ZERO)
+        log_pK = torch.cat([log_pK, outside_p.logsumexp(-1, keepdim=True)], -1)
+        log_qK = torch.cat([log_qK, outside_q.logsumexp(-1, keepdim=True)], -1)
+    else:
+        log_pK, log_qK = log_pK.log_softmax(-1), log_qK.log_softmax(-1)
+    D, grad_K = _divergence(log_pK, log_pK.exp(), log_qK, log_qK.exp(), kind, beta)
+    grad = outside_p.softmax(-1).mul_(grad_K[:, K:]) if tail else torch.zeros_like(log_p)
+    return D, grad.scatter_(-1, kept, grad_K[:, :K]), mass_p, mass_q
+
+
+def _cooled(z: Tensor, temperature: float) -> Tensor:
+    return z if temperature == 1.0 else z / temperature
+
+
+def _log_softmax(z: Tensor) -> Tensor:
+    return z.log_softmax(-1).clamp_(min=LOG_ZERO)
+
+
+def _d_logp(p: Tensor, y: Tensor) -> Tensor:
+    """d log p(y) / dz: one at y, minus p."""
+    return p.neg().scatter_add_(-1, y, torch.ones_like(p[:, :1]))
+
+
+def _product_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
+    """What h W^T is multiplied in; it is summed, and kept, in float32 (float64 if an input is). Only CUDA can multiply
+    bf16 and keep float32: elsewhere a half-precision head is converted for the call (V x D float32, the size of dW)."""
+    if h.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    if h.is_cuda and h.dtype == weight.dtype:
+        return h.dtype
+    return torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32)
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a @ b in float32 or better, written into `out` or added to it."""
+    kept = {} if a.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.addmm(out, a, b, out=out, **kept) if add else torch.mm(a, b, out=out, **kept)
+
+
+def _through_head(h_ND: Tensor, head: Head, others: list[tuple[Tensor, Head]], per_rows: Callable, names: list[str],
+                  active: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Walk the active tokens: per_rows(logits, [other logits], places) -> (d/dlogits, its factor, loss, *statistics)."""
+    loss, found = _GradientInForward.apply(h_ND, head.weight, head.bias, head, others, per_rows, len(names), active, chunk,
+                                           torch.is_grad_enabled())
+    stats = {name: torch.zeros(len(h_ND), device=h_ND.device) for name in names}
+    for stat, values in zip(stats.values(), found, strict=True):
+        stat[active] = values.float()
+    return loss, stats
+
+
+class _GradientInForward(torch.autograd.Function):
+    """The loss, and its gradients for (h, weight, bias), in one walk over the active tokens; backward only scales them.
+
+    Alive at once: one [chunk, V] buffer per head, in which the student's logits become their gradient, and temporaries
+    of BLOCK entries. Per chunk one product for each head, one for dh, and one added to dW.
+    """
+
+    @staticmethod
+    def forward(ctx, h_ND, weight, bias, head, others, per_rows, n_stats, active, chunk, grad_enabled):
+        need_h, need_w, need_b = (need and grad_enabled for need in ctx.needs_input_grad[:3])
+        (V, D), device = weight.shape, weight.device
+        W = weight.to(_product_dtype(h_ND, weight))
+        sum_dtype = torch.promote_types(W.dtype, torch.float32)
+        sides = [(h_ND, head._replace(weight=W))]
+        for h, other in others:
+            shared = other.weight is head.weight
+            sides.append((h, other._replace(weight=W if shared else other.weight.to(_product_dtype(h, other.weight)))))
+        chunk, rows = max(1, min(chunk, len(active))), max(1, BLOCK.get(device.type, BLOCK["cuda"]) // V)
+        buffers = [torch.empty(chunk, V, dtype=sum_dtype, device=device) for _ in sides]
+        d_h = torch.zeros_like(h_ND) if need_h else None
+        d_w = torch.zeros(V, D, dtype=sum_dtype, device=device) if need_w else None
+        d_b = torch.zeros(V, dtype=sum_dtype, device=device) if need_b else None
+
+        found = torch.empty(1 + n_stats, len(active), dtype=sum_dtype, device=device)      # loss and statistics per token
+
+        for start in range(0, len(active), chunk):
+            at, found_here = active[start:start + chunk], found[:, start:start + chunk]
+            hs = [h[at].to(side.weight.dtype) for h, side in sides]
+            products = [_matmul(h, side.weight.t(), buffer[:len(at)])
+                        for h, (_, side), buffer in zip(hs, sides, buffers)]
+            for i in range(0, len(at), rows):
+                block = slice(i, i + rows)
+                z, *ts = [side.finish(a[block]) for (_, side), a in zip(sides, products)]
+                grad, factor, *values = per_rows(z, ts, at[block])
+                torch.mul(grad, factor.unsqueeze(-1) * head.slope(z), out=products[0][block])
+                found_here[:, block] = torch.stack(values)
+            g = products[0].to(W.dtype)
+            if need_h:
+                d_h[at] = _matmul(g, W).to(d_h.dtype)
+            if need_w:
+                _matmul(g.t(), hs[0], d_w, add=True)
+            if need_b:
+                d_b += products[0].sum(0)
+
+        ctx.save_for_backward(d_h, d_w if d_w is None else d_w.to(weight.dtype), d_b if d_b is None else d_b.to(bias.dtype))
+        ctx.set_materialize_grads(False)
+        loss, stats = found[0].sum(), found[1:]
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss, _):
+        return *(None if grad is None else grad.mul_(d_loss) for grad in ctx.saved_tensors), *[None] * 7
 
 
 # ---------------------------------------------------------------- Step: the denominator is counted before any backward
@@ -809,6 +983,20 @@ def micro_batches(samples: list[Any], length: Callable[[Any], int], max_tokens: 
         else:
             batches.append([sample])
     return batches
+
+
+@torch.no_grad()
+def most_uncertain(run: Run, model: nn.Module, pairs: list[tuple[list[int], list[int]]], masks: list[list[bool]], share: float) -> list[list[bool]]:
+    """Masks that keep, of the loss tokens of all ranks together, the `share` at which the model's entropy is highest."""
+    entropies: list[list[float]] = [[] for _ in pairs]
+    for micro in micro_batches(range(len(pairs)), lambda i: sum(map(len, pairs[i])), run.args.tokens_per_batch):
+        y_N = torch.tensor([token for i in micro for token in pairs[i][1]], device=run.device)
+        entropy_N = on_completions(model, [pairs[i] for i in micro], run.args, lambda h_ND, head: token_stats(h_ND, head, y_N)[1])
+        for i, part in zip(micro, entropy_N.split([len(pairs[i][1]) for i in micro])):
+            entropies[i] = part.tolist()
+    everywhere = sorted(run.gather([e for es, mask in zip(entropies, masks) for e, m in zip(es, mask) if m]), reverse=True)
+    threshold = everywhere[math.ceil(share * len(everywhere)) - 1] if everywhere else 0.0
+    return [[m and e >= threshold for e, m in zip(es, mask)] for es, mask in zip(entropies, masks)]
 
 
 def learning_rate(step: int, steps: int, args: Any) -> float:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Sampler, Support, Teacher, as_messages, batch_rows, begin,
                     chat_ids, distill_loss, eos_ids_of, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint,
-                    load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, on_completions,
+                    load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain, on_completions,
                     optimizer_step, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
 
 
@@ -55,6 +55,9 @@ class Args:
     """Top-k supports: one bucket holds the rest of the mass. --no-tail renormalises both sides on the K tokens."""
     skip_tokens: int = 3
     """Leading tokens of y without loss, or the student learns to open with "Based on the example" (section 5)."""
+    entropy_quantile: float = 0.0
+    """rho: of the step's loss tokens only this share, those where the student's entropy is highest, carry loss. 0 = all of
+    them. The pass that finds them costs a student forward, about a third of the student's time."""
     average: Literal["sequence", "token"] = "sequence"
     """sequence: every answer weighs the same, whatever its length (authors' code). token: every token does."""
     is_cap: float = 2.0
@@ -271,6 +274,8 @@ def check(args: Args, vocabulary: int) -> None:
         raise InputError(f"--topk {args.topk}: the vocabulary has {vocabulary} tokens; take fewer, or --support full")
     if args.divergence == "jsd" and not 0 < args.beta < 1:
         raise InputError(f"--beta {args.beta}: jsd needs 0 < beta < 1; its ends are --divergence forward_kl and reverse_kl")
+    if not 0 <= args.entropy_quantile <= 1:
+        raise InputError(f"--entropy-quantile {args.entropy_quantile}: a share of the tokens in (0, 1], or 0 for all of them")
     if not 0 <= args.ema_rate <= 1:
         raise InputError(f"--ema-rate {args.ema_rate}: a rate in [0, 1], the student's share (not the decay)")
 
@@ -317,6 +322,11 @@ def main(args: Args) -> None:
         # 2. Show the teacher the demonstration: its context c stands where the student's prompt stood.
         samples = [Sample(row, row["prompt_ids"], row["teacher_ids"] if teacher else [], y.ids, y.logps, [t >= skip for t in range(len(y.ids))])
                    for row, y in answers if len(y.ids) > skip and (y.finished or args.cut_off != "drop")]
+
+        if args.entropy_quantile:
+            with run.timer("student"):
+                masks = most_uncertain(run, student, [(s.prompt, s.y) for s in samples], [s.mask for s in samples], args.entropy_quantile)
+            samples = [s._replace(mask=mask) for s, mask in zip(samples, masks) if any(mask)]
 
         # 3. Count the answers and loss tokens of all ranks before any backward: the only denominators of this step.
         n = run.sum(answers=len(answers), length=sum(len(y.ids) for _, y in answers), cut=sum(not y.finished for _, y in answers),

@@ -33,8 +33,8 @@ def test_logits_from_hidden_states_are_the_models_own(family, changes, tmp_path,
     """Trap 53: soft-capping (Gemma 2), scaling (Granite, Cohere), tied and untied heads."""
     model = load_model(str(make_model(tmp_path / "m", family, **changes)), run)
     with torch.no_grad():
-        ours = head_of(model).logits(model.base_model(input_ids=IDS, use_cache=False).last_hidden_state)
-        theirs = model(input_ids=IDS, use_cache=False).logits
+        ours = head_of(model).logits(model.base_model(input_ids=IDS, use_cache=False).last_hidden_state[0])
+        theirs = model(input_ids=IDS, use_cache=False).logits[0]
     assert torch.allclose(ours, theirs, atol=1e-5) and theirs.std() > 0.01
 
 

@@ -1,5 +1,6 @@
 """SDFT: what each side reads, which tokens carry the loss and how much, and the rules of section 3."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import make_model, run_here
 import common
 import sdft
 import toy
-from common import InputError, Run, Teacher, as_messages, load_model, on_completions, parse
+from common import InputError, Run, Teacher, as_messages, load_model, most_uncertain, on_completions, parse
 from sdft import Args, PRESETS, Sample, sdft_loss, sequence_ratio, teacher_messages, to_training_row, token_weights, tokenize
 
 SYSTEM = {"role": "system", "content": "S"}
@@ -241,12 +242,30 @@ def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
         run_here("sdft", tmp_path / "r", tiny, flags)
 
 
+def test_entropy_quantile_keeps_the_most_uncertain_tokens(tiny, tmp_path):
+    """Counted over the whole step, not per answer or micro-batch; the entropies come from the student."""
+    world = lambda more: run_here("sdft", tmp_path / more.replace(" ", ""), tiny, f"--steps 1 {more}")[1]
+    whole, some = world("--entropy-quantile 0"), world("--entropy-quantile 0.3")
+    assert some["distill/tokens"] == math.ceil(0.3 * whole["distill/tokens"]) and some["rollout/entropy"] > whole["rollout/entropy"]
+    assert world("--entropy-quantile 1")["train/loss"] == whole["train/loss"] != some["train/loss"]
+    assert world("--entropy-quantile 0.3 --tokens-per-batch 8")["train/loss"] == pytest.approx(some["train/loss"], rel=1e-6)
+
+
+def test_most_uncertain_by_hand(world):
+    pairs, masks = [(s.prompt, s.y) for s in world.samples], [[False, True, True, True, True], [True, True, True]]
+    world.run.args.tokens_per_batch = 8
+    kept = most_uncertain(world.run, world.student, pairs, masks, 0.5)
+    entropy = [[-(row.exp() * row).sum().item() for row in logps_by_hand(world.student, p, y)] for p, y in pairs]
+    threshold = sorted([e for es, ms in zip(entropy, masks) for e, m in zip(es, ms) if m])[-4]
+    assert kept == [[m and e > threshold - 1e-4 for e, m in zip(es, ms)] for es, ms in zip(entropy, masks)]
+
+
 @pytest.mark.parametrize("flags", ["--divergence reverse_kl", "--divergence jsd", "--divergence mixed --support teacher_topk --topk 5 --no-tail",
                                    "--support student_topk --topk 5", "--divergence reverse_kl --support sampled", "--teacher live", "--teacher base",
                                    "--method sft", "--method dft", "--lora-rank 2", "--average token", "--rollouts 2"])
 def test_every_way_runs_and_lowers_its_own_loss(flags, tiny, tmp_path):
     """On the same prompts again and again; the sampled support has no loss to lower, its advantage shrinks on average only."""
-    rows = run_here("sdft", tmp_path / "r", tiny, f"--steps 30 --lr 1e-2 --prompts-per-step 24 --temperature 1 {flags}")
+    rows = run_here("sdft", tmp_path / "r", tiny, f"--steps 20 --lr 1e-2 --prompts-per-step 12 --eval-every 20 {flags}")
     losses = [r["train/loss"] for r in rows[1:]]
     if "sampled" not in flags:
         assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
