@@ -167,9 +167,10 @@ def start(args: Any) -> Run:
     torch.manual_seed(args.seed)                             # only initial LoRA weights draw from it; rollouts have their own
     config = {"args": dataclasses.asdict(args), "world": run.world, "command": shlex.join(sys.argv), "commit": git_commit(),
               "versions": {m.__name__: m.__version__ for m in (torch, np, transformers)}}
-    if args.prompts_per_step % run.world:
+    below = args.prompts_per_step // run.world * run.world
+    if below != args.prompts_per_step:
         raise InputError(f"--prompts-per-step {args.prompts_per_step} cannot be shared equally by {run.world} processes; "
-                         f"{args.prompts_per_step // run.world * run.world or run.world} or {(args.prompts_per_step // run.world + 1) * run.world} can")
+                         f"{below or run.world} or {below + run.world} can")
     if not args.dry_run:
         claim_folder(run, config)
 
@@ -318,7 +319,8 @@ def load_model(source: str, run: Run, lora_rank: int = 0, dtype: torch.dtype = t
         source_dtype = AutoConfig.from_pretrained(path).dtype or dtype
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {source}: no model could be loaded from there ({first_line(error)}); give a Hugging Face folder or hub id") from error
+        raise InputError(f"--model {source}: no model could be loaded from there ({first_line(error)}); give a Hugging Face folder or "
+                         "hub id") from error
     model = model.to(run.device).eval()
     model.source_dtype = source_dtype                        # best/ and last/ are written in it
     if lora_rank:
@@ -423,7 +425,7 @@ def load_file(path: Path) -> Any:
 def load_rows(source: str, convert: Callable[[dict], dict] = lambda row: row) -> list[dict]:
     """Rows of a JSONL, JSON or parquet file, a `save_to_disk` folder, or a hub id `name:config@split`, through `convert`.
 
-    Each row carries `id` (its place in the file) and `where` ("train.jsonl:17"). `convert` maps a data set's columns to
+    Each row carries its place in the file, as `id` (17) and `where` ("train.jsonl:17"). `convert` maps a data set's columns to
     ours and raises KeyError with the missing column's name.
     """
     if not source:
@@ -438,11 +440,16 @@ def load_rows(source: str, convert: Callable[[dict], dict] = lambda row: row) ->
         try:
             raws = list(datasets.load_dataset(name, config or None, split=split or "train"))
         except Exception as error:
-            raise InputError(f"--data {source}: neither a file nor a folder here, and the hub gave no data set of that name ({first_line(error)})") from error
+            raise InputError(f"--data {source}: neither a file nor a folder here, and the hub gave no data set of that name "
+                             f"({first_line(error)})") from error
     rows = []
-    for i, raw in enumerate(raws):
-        where = f"{path.name}:{i + 1}"
+    for i, raw in enumerate(raws, 1):
+        if not raw:                                          # a blank line
+            continue
+        where = f"{path.name}:{i}"
         try:
+            if not isinstance(raw, dict):
+                raise ValueError(f"expected a JSON object with named columns, found {type(raw).__name__}")
             rows.append({**convert(raw), "id": i, "where": where})
         except KeyError as error:
             raise InputError(f"{where}: no {error} in this row (it has: {', '.join(raw)})") from error
@@ -466,15 +473,10 @@ def read_file(path: Path) -> list[dict]:
     raws, texts = [], [path.read_text()] if path.suffix == ".json" else path.read_text().split("\n")
     for i, text in enumerate(texts, 1):
         try:
-            raws += [json.loads(text)] if text.strip() else []
+            raws.append(json.loads(text) if text.strip() else {})
         except json.JSONDecodeError as error:
             raise InputError(f"{path.name}:{i}: not JSON ({error.msg} at column {error.colno}); each line is one JSON object") from error
-    if path.suffix == ".json":
-        raws = raws[0] if raws and isinstance(raws[0], list) else raws
-    for i, raw in enumerate(raws, 1):
-        if not isinstance(raw, dict):
-            raise InputError(f"{path.name}:{i}: expected a JSON object with named columns, found {type(raw).__name__}")
-    return raws
+    return raws[0] if path.suffix == ".json" and isinstance(raws[0], list) else raws
 
 
 def as_messages(prompt: str | list[dict]) -> list[dict]:
@@ -686,6 +688,7 @@ class Teacher:
     live   the student as it is now
     base   the student as it was at the start
     ema    teacher <- (1 - rate) teacher + rate student at each `update`, begun from the student in memory, in fp32
+    trust_region   logits (1 - rate) base + rate live, both on the teacher's prompt
     PATH   another model, folder or hub id, frozen
     With LoRA, `base` and `ema` hold their own copy of the adapters and share the frozen weights under them.
     """
@@ -694,7 +697,7 @@ class Teacher:
         self.kind, self.rate, self.student, self.args = kind, rate, student, run.args
         if kind == "live":
             self.model = student
-        elif kind in ("base", "ema"):
+        elif kind in ("base", "ema", "trust_region"):
             frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
             self.model = copy.deepcopy(student, frozen).requires_grad_(False)
         else:
@@ -708,7 +711,8 @@ class Teacher:
     @torch.no_grad()
     def targets(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, Tensor, Head]]:
         """[(coefficient, h_ND, head)]: target logits are the sum of coefficient * head.logits(h)."""
-        return on_completions(self.model, pairs, self.args, lambda h_ND, head: [(1.0, h_ND, head)])
+        parts = [(1 - self.rate, self.model), (self.rate, self.student)] if self.kind == "trust_region" else [(1.0, self.model)]
+        return [on_completions(model, pairs, self.args, lambda h_ND, head: (c, h_ND, head)) for c, model in parts]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -719,13 +723,13 @@ class Teacher:
     @torch.no_grad()
     def distance(self) -> float:
         """|teacher - student| / |student| over the trained weights; 0 for a live teacher."""
-        if self.kind not in ("base", "ema"):
+        if self.kind not in ("base", "ema", "trust_region"):
             return 0.0
         gap, size = zip(*[((t - s).square().sum(), s.square().sum()) for t, s in self.pairs()])
         return (sum(gap) / sum(size)).sqrt().item()
 
     def state(self) -> list[Tensor]:
-        return [t.data for t, _ in self.pairs()] if self.kind in ("base", "ema") else []
+        return [t.data for t, _ in self.pairs()] if self.kind in ("base", "ema", "trust_region") else []
 
     def load(self, state: list[Tensor]) -> None:
         for (t, _), saved in zip(self.pairs() if state else [], state, strict=True):
@@ -1078,8 +1082,12 @@ VERIFIERS: dict[str, Callable] = {"exact": exact, "choice": choice, "tool_use": 
 
 
 def load_verifier(name: str) -> Callable[[str, dict], tuple[float, str]]:
-    """`exact`, `choice`, `tool_use`, or `path.py:function` with function(completion, row) -> reward or (reward, feedback)."""
+    """`exact`, `choice`, `tool_use`, or `path.py:function` with function(completion, row) -> reward or (reward, feedback).
+
+    `toy:function` is one of the laptop world's.
+    """
     path, _, function = name.rpartition(":")
+    path = str(Path(__file__).parent / "tests" / "toy.py") if path == "toy" else path
     if name in VERIFIERS:
         verify = VERIFIERS[name]
     elif path.endswith(".py") and Path(path).is_file():
@@ -1153,7 +1161,10 @@ def load_evals(sources: tuple[str, ...], convert: Callable, tokenizer: Any, args
             fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], drop=False)
             if "answer" not in row and args.verifier in VERIFIERS:
                 raise InputError(f"{row['where']}: no 'answer' in this row; --verifier {args.verifier} compares completions with it")
-        evals[re.split(r"[/:@]", source.rstrip("/"))[-1].rsplit(".", 1)[0]] = rows
+        name = re.split(r"[/:@]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
+        if name in evals:
+            raise InputError(f"--eval-data {source}: another set is called {name} already, and metrics go by that name; rename one file")
+        evals[name] = rows
     return evals
 
 
@@ -1165,7 +1176,7 @@ def evaluate(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, evals
         for place, (name, rows) in enumerate(evals.items()):
             mine = rows[run.rank::run.world]
             groups = sampler(model, [row["prompt_ids"] for row in mine], [row["id"] for row in mine], n, (EVAL_STREAM, place),
-                             temperature=args.eval_temperature)
+                             temperature=args.eval_temperature, top_p=args.eval_top_p)
             texts = [[tokenizer.decode(y.ids, skip_special_tokens=True) for y in group] for group in groups]
             rewards = [[verify(text, row)[0] for text in group] for group, row in zip(texts, mine)]
             means = [sum(r) / n for r in rewards]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Sampler, Support, Teacher, as_messages, batch_rows, begin,
-                    chat_ids, distill_loss, eos_ids_of, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint,
+                    chat_ids, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint,
                     load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain, on_completions,
                     optimizer_step, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
 
@@ -138,6 +138,8 @@ class Args:
     """Answers per evaluation prompt: avg@n and pass@n."""
     eval_temperature: float = 0.0
     """Of evaluation; 0 = greedy (paper)."""
+    eval_top_p: float = 1.0
+    """Nucleus of evaluation."""
     save_every: int = 100
     """Steps between checkpoints; the last two are kept."""
     out: str = ""

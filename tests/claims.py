@@ -22,7 +22,7 @@ SEEDS = (0, 1, 2)
 
 # `lenient` also reads the digits out of the demonstrations' style: a right answer in a foreign style counts.
 BASE = ("--model toy:{seed}/model --eval-data toy:{seed}/zig-eval.jsonl toy:{seed}/prior-eval.jsonl toy:{seed}/add-eval.jsonl --seed {seed} "
-        "--data toy:{seed}/zig-train.jsonl --eval-every 40 --verifier tests/toy.py:lenient")
+        "--data toy:{seed}/zig-train.jsonl --eval-every 40 --verifier toy:lenient")
 OWN = BASE.replace("zig-train", "zig-own-train")
 LR, SFT_LR = "--lr {3e-5|5e-5|1e-4}", "--lr {3e-5|1e-4|3e-4|1e-3}"
 CLAIMS: dict[str, dict[str, str]] = {

@@ -28,14 +28,9 @@ def test_sdft_teaches_a_new_skill(run_sdft):
 
 
 def test_sft_learns_it_too_and_forgets_more(run_sdft, tmp_path):
-    last = learn(tmp_path / "r", f"{FAST} --method sft --lr 3e-4 --verifier {toy_verifier()}")[-1]
+    last = learn(tmp_path / "r", f"{FAST} --method sft --lr 3e-4 --verifier toy:lenient")[-1]
     assert last["eval/avg@1"] >= 0.85
     assert last["eval/prior-eval/avg@1"] < run_sdft[-1]["eval/prior-eval/avg@1"] - 0.25
-
-
-def toy_verifier():
-    from conftest import ROOT
-    return f"{ROOT}/tests/toy.py:lenient"
 
 
 def test_a_teacher_without_the_demonstration_teaches_nothing(tmp_path):

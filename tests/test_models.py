@@ -1,7 +1,6 @@
 """Loading and saving: logits are the model's own, LoRA is added exactly, folders reopen as any Hugging Face folder."""
 
 import copy
-import json
 from types import SimpleNamespace
 
 import pytest

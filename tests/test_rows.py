@@ -6,8 +6,8 @@ import datasets
 import pytest
 
 import toy
-from common import (InputError, as_messages, batch_rows, chat_ids, choice, exact, fill, fit, load_rows, load_verifier, sciknoweval_row, tool_use)
-from sdft import Args, PRESETS, to_row, to_training_row
+from common import (InputError, as_messages, batch_rows, chat_ids, fill, fit, load_rows, load_verifier, sciknoweval_row, tool_use)
+from sdft import to_row, to_training_row
 
 ROWS = [{"prompt": f"zig:{i}", "answer": str(i)} for i in range(5)]
 
@@ -27,7 +27,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
     for name in ("folder", "folders", "rows.parquet", "rows.json", "rows.jsonl"):
         rows = load_rows(str(tmp_path / name))
         assert [{k: row[k] for k in ROWS[0]} for row in rows] == ROWS
-        assert [row["id"] for row in rows] == [0, 1, 2, 3, 4] and rows[2]["where"] == f"{name}:3"
+        assert [row["id"] for row in rows] == [1, 2, 3, 4, 5] and rows[2]["where"] == f"{name}:3"
 
 
 @pytest.mark.parametrize("text, message", [
@@ -44,6 +44,11 @@ def test_errors_name_file_and_row(text, message, tmp_path):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(InputError, match=message):
         load_rows(str(tmp_path / "rows.jsonl"), to_training_row)
+
+
+def test_blank_lines_are_passed_over_but_counted(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n\n')
+    assert [(row["prompt"], row["where"]) for row in load_rows(str(tmp_path / "rows.jsonl"))] == [("a", "rows.jsonl:1"), ("b", "rows.jsonl:3")]
 
 
 def test_a_missing_source_says_what_would_work(tmp_path):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, launch, make_model, metrics_of, run_here
+from conftest import ROOT, launch, metrics_of, run_here
 
 import common
 

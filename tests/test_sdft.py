@@ -11,7 +11,7 @@ import common
 import sdft
 import toy
 from common import InputError, Run, Teacher, as_messages, load_model, most_uncertain, on_completions, parse
-from sdft import Args, PRESETS, Sample, sdft_loss, sequence_ratio, teacher_messages, to_training_row, token_weights, tokenize
+from sdft import Args, PRESETS, Sample, sdft_loss, teacher_messages, to_training_row, token_weights, tokenize
 
 SYSTEM = {"role": "system", "content": "S"}
 

@@ -1,6 +1,5 @@
 """The teacher moves by the rule, in fp32, from the weights in memory, and never receives a gradient."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +101,16 @@ def test_teacher_pass_leaves_the_student_as_it_was(student, run):
         assert not torch.allclose(logits(teacher), before, atol=1e-2)
         assert torch.equal(student_logits(student, run), before)
     assert [p.requires_grad for p in student.parameters()] == flags
+
+
+def test_trust_region_mixes_logits_of_base_and_live(student, run):
+    """(1 - rate) base + rate live, evaluated on the teacher's prompt; the base never moves."""
+    base = student_logits(student, run)
+    teacher = Teacher("trust_region", 0.3, student, run)
+    nudge(student)
+    teacher.update()
+    mixed = sum(c * head.logits(h) for c, h, head in teacher.targets(PAIRS))
+    assert torch.allclose(mixed, 0.7 * base + 0.3 * student_logits(student, run), atol=1e-5)
 
 
 def test_distance_is_relative(student, run):
