@@ -65,7 +65,12 @@ def run_here(script: str, out: Path, tiny: SimpleNamespace, flags: str = "") -> 
     import importlib
     from common import parse
     module = importlib.import_module(script)
-    argv = [f"--model={tiny.model}", f"--data={tiny.data}", "--eval-data", str(tiny.eval), "--max-completion-tokens", "30", "--prompts-per-step", "8",
-            "--steps", "3", "--skip-tokens", "1", "--out", str(out), "--warmup", "1", "--lr", "1e-3", *flags.split()]
-    module.main(parse(module.Args, module.PRESETS, argv))
+    module.main(parse(module.Args, module.PRESETS, flags_of(script, out, tiny, flags).split()))
     return metrics_of(out)
+
+
+def flags_of(script: str, out: Path, tiny: SimpleNamespace, more: str = "") -> str:
+    """Three steps of a script on the tiny model, small enough for any test."""
+    own = {"sdft": "--skip-tokens 1", "sdpo": "--rollouts 3 --eval-samples 1 --eval-temperature 0"}
+    return (f"--model {tiny.model} --data {tiny.data} --eval-data {tiny.eval} --max-completion-tokens 30 --max-prompt-tokens 64 --prompts-per-step 8 --steps 3 "
+            f"--warmup 1 --lr 1e-3 --out {out} {own[script]} {more}")

@@ -12,6 +12,7 @@ import common
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.split("#")[0].strip()]
+SCRIPTS = ("sdft", "sdpo")
 OURS = [c for c in COMMANDS if re.search(r"\b\w+\.py\b", c)]
 
 
@@ -33,7 +34,7 @@ def test_commands_parse(command):
 
 
 def test_flags_in_the_text_exist():
-    flags = {f.name.replace("_", "-") for name in ("sdft",) for f in dataclasses.fields(importlib.import_module(name).Args)}
+    flags = {f.name.replace("_", "-") for name in SCRIPTS for f in dataclasses.fields(importlib.import_module(name).Args)}
     assert set(re.findall(r"`--([a-z][a-z-]+)", README)) <= flags
 
 
@@ -45,8 +46,8 @@ def test_links_point_to_files():
 def test_flags_are_read_and_documented():
     """No flag that nothing reads; each has help that says more than its name."""
     source = (ROOT / "common.py").read_text()
-    for name in ("sdft",):
+    for name in SCRIPTS:
         script = (ROOT / f"{name}.py").read_text()
         for field in dataclasses.fields(importlib.import_module(name).Args):
-            assert re.search(rf"args(_type\(\))?\.{field.name}\b", script + source) or f'args["{field.name}"]' in source, field.name
+            assert re.search(rf"args(_type\(\))?\.{field.name}\b", script + source) or f'"{field.name}"' in source + script, field.name
             assert re.search(rf'^    {field.name}: .*\n(?:.*\n)?    """(?s:.{{6,400}}?)"""', script, re.M), field.name

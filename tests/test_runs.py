@@ -9,17 +9,19 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, launch, metrics_of, run_here
+from conftest import ROOT, flags_of, launch, metrics_of, run_here
 
 import common
 
-SCRIPTS = ["sdft"]
+SCRIPTS = ["sdft", "sdpo"]
 VOLATILE = ("time/", "memory/")
 
 
+JUDGE = "def judge(completion, row):\n    n = sum(map(ord, completion)) % 4\n    return (float(n == 0), f'4:{n % 10};')\n"
+
+
 def flags(tiny, out, more=""):
-    return (f"--model {tiny.model} --data {tiny.data} --eval-data {tiny.eval} --max-completion-tokens 30 --prompts-per-step 8 --steps 3 "
-            f"--skip-tokens 1 --lr 1e-3 --warmup 1 --out {out} {more}")
+    return flags_of("sdft", out, tiny, more)
 
 
 def same(a: list[dict], b: list[dict], rel: float) -> None:
@@ -34,12 +36,15 @@ def same(a: list[dict], b: list[dict], rel: float) -> None:
 @pytest.mark.parametrize("more", ["", "--lora-rank 2 --average token"], ids=["full", "lora"])
 def test_processes_and_micro_batches_do_not_change_the_numbers(script, more, tiny, tmp_path):
     """Traps 5 and 48: loss, gradient norm, rollouts and evaluation, with answers of unequal length."""
+    if script == "sdpo":
+        (tmp_path / "judge.py").write_text(JUDGE)
+        more += f" --mini-batch 4 --verifier {tmp_path}/judge.py:judge"
     one = run_here(script, tmp_path / "1", tiny, more)
     assert one[1]["rollout/length"] > 3 and one[1]["train/grad_norm"] > 0
     small = run_here(script, tmp_path / "small", tiny, more + " --tokens-per-batch 8 --sample-batch 3")
     same(small, one, rel=2e-6)
     for n in (2, 4):
-        done = launch(f"{script}.py {flags(tiny, tmp_path / f'n{n}', more)}", processes=n)
+        done = launch(f"{script}.py {flags_of(script, tmp_path / f'n{n}', tiny, more)}", processes=n)
         assert done.returncode == 0, done.stderr
         same(metrics_of(tmp_path / f"n{n}"), one, rel=2e-6)
 

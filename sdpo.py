@@ -1,0 +1,468 @@
+"""SDPO: Self-Distillation Policy Optimization ("Reinforcement Learning via Self-Distillation", arXiv:2601.20802v2).
+
+    minimise   E_{y_i ~ student(.|x)}  1/|y_i|  sum_t  D( student(.|x, y_i,<t),  teacher(.|x, s_i, f_i, y_i,<t) )     Eq. 1
+
+x question | y_1..y_G a group of attempts | s_i another attempt of the group that succeeded | f_i feedback on y_i
+The teacher (an EMA of the student) reads in hindsight what the student did not know, and scores the student's own tokens.
+
+Data   JSON lines with "prompt" and what the verifier wants, usually "answer"; "feedback" where it does not depend on the attempt.
+Run    python sdpo.py                                              # the laptop world: CPU, no download, minutes
+       torchrun --nproc-per-node 4 sdpo.py --preset sciknoweval --data FILE --eval-data FILE
+       python sdpo.py --policy-weight 1 --out runs/grpo-toy        # the baseline, GRPO
+Differs from the paper: an attempt is never its own solution (authors' code; Table 2 allows it), and the average is the code's:
+a mean over all sequences, those without a signal counting as zero (--average token: the paper's). From the code: an over-long
+teacher prompt loses the end of the solution, not of the prompt; one ratio student/sampler stands for the code's two.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Callable, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import (SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Sampler, Support, Teacher, as_messages, batch_rows, begin,
+                    chat_ids, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint, load_evals,
+                    load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain, on_completions,
+                    optimizer_step, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
+
+
+@dataclass
+class Args:
+    preset: str = "toy"
+    """Where the other flags start from: toy, sciknoweval, tooluse. Any flag given beside it wins."""
+
+    # The algorithm, in the paper's order and symbols.
+    rollouts: int = 8
+    """G, attempts per question. With 1 there are no others to learn from, only feedback."""
+    solution_from: Literal["first", "random", "none"] = "first"
+    """s_i: the first other success of the group, a random one (seeded), or none: feedback alone."""
+    feedback_when: Literal["no_solution", "always", "never"] = "no_solution"
+    """f_i joins the teacher's prompt only when there is no solution (authors' code), always, or never."""
+    feedback_on: Literal["wrong", "all"] = "wrong"
+    """Attempts that f_i is shown for: wrong ones, or also right ones where the verifier has a text for them."""
+    remove_thinking: bool = True
+    """Take <think>...</think> out of solutions."""
+    template: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
+    """What the teacher reads in place of the user's last message."""
+    solution_template: str = "\nCorrect solution:\n\n{solution}"
+    """{solution} of the template; empty without a solution."""
+    feedback_template: str = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}"
+    """{feedback} of the template; empty without feedback."""
+    divergence: Divergence = "jsd"
+    """D per token. forward_kl = KL(teacher||student), reverse_kl = KL(student||teacher), jsd, mixed = both KLs."""
+    beta: float = 0.5
+    """jsd: weight of the teacher in the mixture and of its KL. mixed: weight of the forward KL. Unused by the plain KLs."""
+    support: Support = "student_topk"
+    """Tokens that D is summed over: the vocabulary, a top-k with a tail bucket, or the sampled token (policy gradient)."""
+    topk: int = 100
+    """K of a top-k support."""
+    tail: bool = True
+    """Top-k supports: one bucket holds the rest of the mass. --no-tail renormalises both sides on the K tokens."""
+    entropy_quantile: float = 0.0
+    """rho: of the step's loss tokens only this share, those where the student's entropy is highest, carry loss. 0 = all of
+    them. The pass that finds them costs a student forward, about a third of the student's time."""
+    average: Literal["sequence", "token"] = "sequence"
+    """sequence: mean over all attempts, 0 for those without a signal (authors' code). token: mean over tokens with one."""
+    is_cap: float = 2.0
+    """Importance ratio student/sampler, at most this. 0 = no ratio. It is 1 at the first optimiser step of a batch."""
+    is_level: Literal["token", "sequence"] = "token"
+    """The ratio of each token, or its mean over the attempt."""
+    teacher: str = "ema"
+    """Who scores y in hindsight: ema, trust_region, base (the student at the start), live, or a model's folder or hub id."""
+    ema_rate: float = 0.05
+    """alpha in teacher <- (1 - alpha) teacher + alpha student, once per batch of rollouts; share of live in trust_region."""
+    loss_temperature: float = 1.0
+    """Divides the logits of both sides inside D. It is not the temperature of sampling."""
+    policy_weight: float = 0.0
+    """lambda: lambda GRPO + (1 - lambda) SDPO (Eq. 3; the paper's mix is .9). 1 is GRPO alone and asks no teacher."""
+    clip_low: float = 0.2
+    """GRPO: the ratio student/sampler counts down to 1 - this."""
+    clip_high: float = 0.28
+    """GRPO: and up to 1 + this."""
+    std_advantage: bool = False
+    """GRPO: divide the advantage, reward minus group mean, by the group's standard deviation."""
+    kl_coef: float = 0.0
+    """Weight of KL(student || initial model) on the student's own prompt, token mean."""
+
+    # Model and data.
+    model: str = "Qwen/Qwen3-8B"
+    """Folder or hub id of the student; a chat model."""
+    lora_rank: int = 0
+    """Rank of adapters on every linear layer but the head, alpha = 2 rank. 0 trains all weights."""
+    data: str = ""
+    """Training rows: JSONL, JSON or parquet file, save_to_disk folder, or hub id as name:config@split."""
+    eval_data: tuple[str, ...] = ()
+    """Evaluation sets; the first decides which weights are best/, the others watch what is forgotten."""
+    verifier: str = "exact"
+    """Grades attempts: exact, choice, tool_use, or path.py:function, as function(completion, row) -> reward or (reward, feedback)."""
+    student_chat_kwargs: Json = field(default_factory=lambda: {"enable_thinking": False})
+    """Arguments of the chat template for the student's prompt, as JSON."""
+    teacher_chat_kwargs: Json = field(default_factory=lambda: {"enable_thinking": False})
+    """The same for the teacher's prompt."""
+    max_prompt_tokens: int = 2048
+    """Longest student prompt. A longer one stops the run, or is left out with --drop-long; nothing is ever cut."""
+    max_teacher_tokens: int = 10240
+    """Longest teacher prompt: a solution is shortened to fit; what is still too long carries no loss and is counted."""
+    drop_long: bool = False
+    """Leave rows with too long prompts out, and say how many."""
+
+    # Generation.
+    prompts_per_step: int = 32
+    """Questions of one batch of rollouts, over all processes."""
+    max_completion_tokens: int = 8192
+    """Longest attempt, in training and evaluation."""
+    temperature: float = 1.0
+    """Of sampling attempts. 0 = greedy."""
+    top_p: float = 1.0
+    """Nucleus of sampling; below 1 it needs --is-cap 0."""
+    top_k: int = 0
+    """Sampling from the k likeliest tokens only; 0 = all. Otherwise it needs --is-cap 0."""
+    cut_off: Literal["auto", "keep", "drop"] = "auto"
+    """Attempts cut off at the limit: keep them (authors' code), drop them, or auto = keep, but stop if step 1 has no other."""
+    sample_batch: int = 256
+    """Attempts decoded at once on one process; lower it when the KV cache does not fit."""
+
+    # Optimisation.
+    epochs: float = 30.0
+    """Passes over the data; steps = ceil(epochs * rows / questions per step)."""
+    steps: int = 0
+    """Batches of rollouts; above 0 it replaces --epochs."""
+    mini_batch: int = 0
+    """Questions per optimiser step; 0 = all of the batch: strictly on-policy."""
+    lr: float = 1e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "constant"] = "constant"
+    """After warm-up: cosine to zero, or constant."""
+    warmup: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    tokens_per_batch: int = 16384
+    """Micro-batch: rows x longest prompt and answer, on one process. Changes memory and speed, not the numbers."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. Weights, EMA and loss are float32 in any case."""
+
+    # The run.
+    eval_every: int = 5
+    """Steps between evaluations; one before the first step and one after the last are always made."""
+    eval_samples: int = 16
+    """Answers per evaluation prompt: avg@n and pass@n."""
+    eval_temperature: float = 0.6
+    """Of evaluation; 0 = greedy."""
+    eval_top_p: float = 0.95
+    """Nucleus of evaluation."""
+    save_every: int = 100
+    """Steps between checkpoints; the last two are kept."""
+    out: str = ""
+    """Folder of the run; runs/<script>-<preset> when not given."""
+    seed: int = 42
+    """Of data order, rollouts and adapters."""
+    resume: bool = False
+    """Continue from the newest checkpoint in --out; start when there is none."""
+    overwrite: bool = False
+    """Delete the run that --out holds."""
+    dry_run: bool = False
+    """Check everything, print the plan and what both sides read, and stop before the model loads."""
+    wandb_project: str = ""
+    """Also log to this Weights & Biases project."""
+
+
+# Tables 12 and 13 and appendix E; Args holds the column of section 3 (no feedback).
+PRESETS: dict[str, dict] = {
+    # Chosen on seed 0 of the laptop world. Its vocabulary is smaller than K = 100; its teacher reads the question once more.
+    "toy": dict(model="toy:0/model", data="toy:0/mul-train.jsonl", eval_data=("toy:0/mul-eval.jsonl", "toy:0/prior-eval.jsonl"),
+                verifier="toy:feedback_all", template="{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n{prompt}",
+                support="full", student_chat_kwargs={}, teacher_chat_kwargs={}, max_prompt_tokens=64, max_teacher_tokens=128,
+                max_completion_tokens=12, prompts_per_step=4, steps=100, lr=3e-4, warmup=5, weight_decay=0.0, adam_betas=(0.9, 0.95),
+                tokens_per_batch=8192, eval_every=10, eval_samples=1, eval_temperature=1.0, eval_top_p=1.0, seed=0),
+    # The authors' JSON lines, one domain a run: chemistry, physics, biology, material.
+    "sciknoweval": dict(verifier="choice", feedback_when="never"),
+    "tooluse": dict(verifier="tool_use", feedback_when="never"),               # its feedback would leak the gold answer
+}
+
+
+class Sample(NamedTuple):
+    row: dict
+    prompt: list[int]                                        # what the student reads
+    context: list[int]                                       # what the teacher reads; empty without a solution or feedback
+    y: list[int]                                             # what both score
+    logps: list[float]                                       # of y under the sampler
+    mask: list[bool]                                         # which tokens of y are distilled
+    advantage: float                                         # of y in its group, for GRPO
+
+
+def to_row(raw: dict) -> dict:
+    """One data set's columns as ours: prompt, and what the verifier wants."""
+    row = dict(raw)
+    if "answerKey" in raw:
+        row |= sciknoweval_row(raw, suffix="\nPlease reason step by step.")
+    elif raw.get("system"):                                  # the authors' JSON lines
+        row["prompt"] = [{"role": "system", "content": raw["system"]}, {"role": "user", "content": raw["prompt"]}]
+    row["prompt"] = as_messages(row["prompt"])
+    return row
+
+
+def tokenize(rows: list[dict], tokenizer: Any, args: Args) -> list[dict]:
+    """The student's prompts as token ids, once; rows over the limit stop the run or, with --drop-long, are left out."""
+    kept = []
+    for row in rows:
+        row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
+        if fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], args.drop_long):
+            kept.append(row)
+    if not kept:
+        raise InputError(f"{args.data}: --drop-long left no row; raise --max-prompt-tokens")
+    return kept
+
+
+def grade(group: list[Rollout], row: dict, tokenizer: Any, verify: Callable, pool: ThreadPoolExecutor) -> list[tuple[str, float, str]]:
+    """(text, reward r_i, feedback f_i) of each attempt; the row's own "feedback" where the verifier has none."""
+    texts = [tokenizer.decode(y.ids, skip_special_tokens=True) for y in group]
+    graded = pool.map(lambda i: verify(texts[i], {**row, "truncated": not group[i].finished}), range(len(group)))
+    return [(text, reward, feedback or str(row.get("feedback") or "")) for text, (reward, feedback) in zip(texts, graded)]
+
+
+def hindsight(graded: list[tuple[str, float, str]], i: int, key: tuple[int, ...], args: Args) -> tuple[str, str]:
+    """(s_i, f_i) of attempt i: a success of the group other than i, and feedback by the rules of the flags; "" for none."""
+    others = [text for j, (text, reward, _) in enumerate(graded) if j != i and reward >= SOLVED]
+    pick = int(np.random.default_rng(key).integers(len(others))) if others and args.solution_from == "random" else 0
+    solution = others[pick] if others and args.solution_from != "none" else ""
+    if args.remove_thinking:
+        solution = re.sub(r"<think>.*?</think>\s*", "", solution, flags=re.DOTALL)
+    _, reward, feedback = graded[i]
+    shown = (feedback if args.feedback_when == "always" or (args.feedback_when == "no_solution" and not solution) else "")
+    return solution, shown if args.feedback_on == "all" or reward < SOLVED else ""
+
+
+def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: Args) -> list[int]:
+    """The reprompt of section 2 in place of the user's last message; [] when there is nothing to tell or no way to fit it.
+
+    A solution that makes it too long loses its own end, never the question's or the prompt's.
+    """
+    *before, last = row["prompt"]
+    while solution or feedback:
+        content = fill(args.template, prompt=last["content"], solution=solution and fill(args.solution_template, solution=solution),
+                       feedback=feedback and fill(args.feedback_template, feedback=feedback))
+        ids = chat_ids(tokenizer, [*before, {"role": "user", "content": content}], args.teacher_chat_kwargs)
+        over = len(ids) - args.max_teacher_tokens
+        if over <= 0:
+            return ids
+        kept = tokenizer(solution, add_special_tokens=False)["input_ids"][:-over]
+        if not kept:
+            return []
+        solution = tokenizer.decode(kept)
+    return []
+
+
+def advantages(rewards: list[float], std: bool) -> list[float]:
+    """GRPO, Eq. 12: r_i minus the group's mean, over its standard deviation when asked."""
+    mean = sum(rewards) / len(rewards)
+    scale = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards)) + 1e-6 if std else 1.0
+    return [(r - mean) / scale for r in rewards]
+
+
+def distill_weights(sample: Sample, sequences: float, tokens: float, average: str) -> list[float]:
+    """Each token's share of the distillation loss: 1/(n_i N) with N all attempts, or 1/(all distilled tokens)."""
+    share = 1 / (max(sum(sample.mask), 1) * sequences) if average == "sequence" else 1 / max(tokens, 1)
+    return [share * m for m in sample.mask]
+
+
+def grpo_loss(logp: Tensor, behaviour: Tensor, advantage: Tensor, args: Args) -> Tensor:
+    """Eq. 13 per token: -min(ratio A, clip(ratio) A), ratio = student / sampler."""
+    ratio = (logp - behaviour).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * advantage)
+
+
+def sdpo_loss(h_ND: Tensor, head: Head, targets: list, initial: list, micro: list[Sample], weight_N: Tensor, all_tokens: float,
+              args: Args) -> tuple[Tensor, dict]:
+    """Eq. 3 on a micro-batch: lambda GRPO + (1 - lambda) Eq. 1, and the KL to the initial model."""
+    flat = lambda lists: torch.tensor([x for values in lists for x in values], device=h_ND.device)
+    y_N, behaviour_N = flat(s.y for s in micro), flat(s.logps for s in micro)
+    loss, stats = h_ND.sum() * 0, {}
+    if args.policy_weight < 1:
+        behaviour = behaviour_N if args.is_cap else None
+        if args.is_cap and args.is_level == "sequence":
+            weight_N, behaviour = weight_N * sequence_ratio(h_ND, head, y_N, behaviour_N, micro, args), None
+        loss, stats = distill_loss(h_ND, head, targets, y_N, weight_N * (1 - args.policy_weight), divergence=args.divergence, beta=args.beta,
+                                   support=args.support, topk=args.topk, tail=args.tail, temperature=args.loss_temperature,
+                                   behaviour_logp_N=behaviour, is_cap=args.is_cap)
+    if args.policy_weight:
+        advantage_N = flat([s.advantage] * len(s.y) for s in micro)
+        policy, more = token_loss(h_ND, head, y_N, lambda logp, n: grpo_loss(logp, behaviour_N[n], advantage_N[n], args) / all_tokens)
+        loss, stats = loss + args.policy_weight * policy, {**more, **stats}
+    if args.kl_coef:
+        ones_N = torch.full((len(y_N),), args.kl_coef / all_tokens, device=h_ND.device)
+        loss = loss + distill_loss(h_ND, head, initial, y_N, ones_N, divergence="reverse_kl")[0]
+    return loss, stats
+
+
+def sequence_ratio(h_ND: Tensor, head: Head, y_N: Tensor, behaviour_N: Tensor, micro: list[Sample], args: Args) -> Tensor:
+    """Mean over each attempt of min(student / sampler, cap), for every token of it."""
+    logp_N, _ = token_stats(h_ND.detach(), head, y_N, temperature=args.loss_temperature)
+    parts = (logp_N - behaviour_N).exp().clamp(max=args.is_cap).split([len(s.y) for s in micro])
+    return torch.cat([part.mean().expand(len(part)) for part in parts])
+
+
+def check(args: Args, vocabulary: int, world: int) -> None:
+    """Combinations of flags that cannot mean what they say."""
+    if args.is_cap and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
+        raise InputError("--is-cap compares sampling and training distributions, so it needs --temperature equal to --loss-temperature, "
+                         "--top-p 1 and --top-k 0; or give --is-cap 0")
+    if args.rollouts < 2 and (args.feedback_when == "never" or args.policy_weight):
+        raise InputError(f"--rollouts {args.rollouts}: a group of one has no other attempt to learn from and no mean to beat; "
+                         "take 2 or more, or feedback alone (--feedback-when no_solution --policy-weight 0)")
+    if args.solution_from == "none" and args.feedback_when == "never" and args.policy_weight < 1:
+        raise InputError("--solution-from none with --feedback-when never leaves the teacher nothing to read; drop one of them")
+    if args.support == "sampled" and args.divergence != "reverse_kl":
+        raise InputError(f"--support sampled is the policy gradient of the reverse KL; add --divergence reverse_kl (it is {args.divergence})")
+    if args.support.endswith("topk") and not 0 < args.topk <= vocabulary:
+        raise InputError(f"--topk {args.topk}: the vocabulary has {vocabulary} tokens; take fewer, or --support full")
+    if args.divergence == "jsd" and not 0 < args.beta < 1:
+        raise InputError(f"--beta {args.beta}: jsd needs 0 < beta < 1; its ends are --divergence forward_kl and reverse_kl")
+    for name in ("ema_rate", "policy_weight", "entropy_quantile"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: a share in [0, 1]")
+    if args.mini_batch and (args.prompts_per_step % args.mini_batch or args.mini_batch % world):
+        raise InputError(f"--mini-batch {args.mini_batch}: it must divide --prompts-per-step {args.prompts_per_step} and be a multiple of the "
+                         f"{world} processes")
+
+
+def main(args: Args) -> None:
+    # Whatever can be wrong without weights is found first.
+    tokenizer = load_tokenizer(args.model)
+    check(args, len(tokenizer), int(os.environ.get("WORLD_SIZE", 1)))
+    rows = load_rows(args.data, to_row)
+    train = tokenize(rows, tokenizer, args)
+    evals = load_evals(args.eval_data, to_row, tokenizer, args)
+    verify = load_verifier(args.verifier)
+    steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
+    run = start(args)
+    run.say(f"sdpo: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps of {args.prompts_per_step} questions x "
+            f"{args.rollouts} on {run.world} x {run.device.type}")
+    if args.dry_run:
+        row, graded = train[0], [("", 0.0, "<feedback>"), ("<another attempt>", 1.0, "")]
+        shown = teacher_ids(row, *hindsight(graded, 0, (0,), args), tokenizer, args)
+        return run.say(f"student reads: {tokenizer.decode(row['prompt_ids'])}\nteacher reads: {tokenizer.decode(shown)}")
+
+    student = load_model(args.model, run, args.lora_rank)
+    teacher = Teacher(args.teacher, args.ema_rate, student, run)
+    initial = Teacher("base", 0.0, student, run) if args.kl_coef else None
+    sampler, pool = Sampler(tokenizer, student, args), ThreadPoolExecutor(8)
+    optimizer = make_optimizer(student, args)
+    done, score = load_checkpoint(run, student, teacher, optimizer)
+    begin(run, steps, done)
+    if not done:
+        run.log(0, evaluate(run, student, tokenizer, sampler, evals, verify, 0, score))
+    silent = 0                                               # steps in a row without any signal
+
+    for step in range(done + 1, steps + 1):
+        rows = batch_rows(train, step, args.prompts_per_step, run, args.seed)
+
+        # 1. Attempt: y_1..y_G ~ student(.|x) for each question, from the weights about to be updated.
+        with run.timer("generate"):
+            groups = sampler(student, [row["prompt_ids"] for row in rows], [row["id"] for row in rows], args.rollouts, (TRAIN_STREAM, step),
+                             temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+
+        # 2. Grade: reward r_i and feedback f_i of each attempt.
+        with run.timer("verify"):
+            graded = [grade(group, row, tokenizer, verify, pool) for row, group in zip(rows, groups, strict=True)]
+
+        # 3. Look back: the teacher of y_i reads another success s_i of the group and/or f_i; without either y_i has no signal.
+        questions, dropped = [], 0
+        for row, group, marks in zip(rows, groups, graded, strict=True):
+            samples = []
+            for i, (y, a) in enumerate(zip(group, advantages([reward for _, reward, _ in marks], args.std_advantage), strict=True)):
+                told = hindsight(marks, i, (args.seed, step, row["id"], i), args)
+                context = teacher_ids(row, *told, tokenizer, args)
+                dropped += any(told) and not context
+                kept = bool(context) and (y.finished or args.cut_off != "drop")
+                samples.append(Sample(row, row["prompt_ids"], context or row["prompt_ids"], y.ids, y.logps, [kept] * len(y.ids), a))
+            questions.append(samples)
+        attempts = [y for group in groups for y in group]
+        rewards = [reward for marks in graded for _, reward, _ in marks]
+        total = run.sum(attempts=len(attempts), length=sum(len(y.ids) for y in attempts), cut=sum(not y.finished for y in attempts),
+                        reward=sum(rewards), active=sum(s.mask[0] for samples in questions for s in samples), dropped=dropped)
+        if step == 1 and total["cut"] == total["attempts"] and args.cut_off != "keep":
+            raise InputError(f"all {total['attempts']:.0f} attempts of step 1 were cut off at --max-completion-tokens "
+                             f"{args.max_completion_tokens}; raise it, or accept them with --cut-off keep")
+
+        # 4. Learn, one optimiser step per mini-batch of questions.
+        sums = dict.fromkeys(("loss", "divergence", "teacher_logp", "logp", "entropy", "mass_student", "mass_teacher", "ratio", "tokens"), 0.0)
+        grad_norm, lr, per_rank = 0.0, learning_rate(step, steps, args), (args.mini_batch or args.prompts_per_step) // run.world
+        for first in range(0, len(questions), per_rank):
+            samples = [s for group in questions[first:first + per_rank] for s in group]
+            counted = len(samples), sum(len(s.y) for s in samples)
+            samples = [s for s in samples if (s.mask[0] and args.policy_weight < 1) or (s.advantage and args.policy_weight)]
+            if args.entropy_quantile:
+                with run.timer("student"):
+                    masks = most_uncertain(run, student, [(s.prompt, s.y) for s in samples], [s.mask for s in samples], args.entropy_quantile)
+                samples = [s._replace(mask=mask) for s, mask in zip(samples, masks)]
+
+            # 4a. Count the sequences and tokens of all ranks before any backward: the only denominators of this optimiser step.
+            n = run.sum(samples=len(samples), sequences=counted[0], all_tokens=counted[1], tokens=sum(sum(s.mask) for s in samples))
+            if n["samples"] == 0:                            # true on every rank at once, so none is left waiting
+                continue
+
+            # 4b. Distil: the same y_i scored in hindsight by the teacher and without it by the student; only the student has a gradient.
+            for m, micro in enumerate(micro_batches(samples, lambda s: max(len(s.prompt), len(s.context)) + len(s.y), args.tokens_per_batch)):
+                with run.timer("teacher"):
+                    targets = teacher.targets([(s.context, s.y) for s in micro]) if args.policy_weight < 1 else []
+                    anchors = initial.targets([(s.prompt, s.y) for s in micro]) if initial else []
+                with run.timer("student"):
+                    weight_N = torch.tensor([w for s in micro for w in distill_weights(s, n["sequences"], n["tokens"], args.average)],
+                                            device=run.device)
+                    loss, stats = on_completions(student, [(s.prompt, s.y) for s in micro], args, lambda h_ND, head: sdpo_loss(
+                        h_ND, head, targets, anchors, micro, weight_N, n["all_tokens"], args))
+                    loss.backward()
+                sums["loss"] += loss.item()
+                sums["tokens"] += (weight_N > 0).sum().item()
+                for name, values in stats.items():
+                    sums[name] += values[weight_N > 0].sum().item()
+                if step == 1 and first == 0 and m == 0:
+                    explain(run, tokenizer, {"student reads": micro[0].prompt, "teacher reads": micro[0].context}, micro[0].y, stats)
+
+            # 4c. Step. Gradients add up over ranks; 4a has divided.
+            with run.timer("optim"):
+                grad_norm = optimizer_step(optimizer, lr, run)
+
+        # 5. The teacher follows, once per batch of rollouts: teacher <- (1 - rate) teacher + rate student.
+        teacher.update()
+
+        # 6. Report what was optimised; evaluate; save.
+        mean = run.sum(**sums)
+        tokens = max(mean["tokens"], 1)
+        silent = 0 if total["active"] or args.policy_weight else silent + 1
+        if silent == 10:
+            run.say("ten steps in a row without any signal: no attempt succeeded and none had feedback; take easier questions, more --rollouts, "
+                    "or a verifier that gives feedback")
+        metrics = {"train/loss": mean["loss"], "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": total["length"],
+                   "distill/tokens": mean["tokens"], "distill/active_frac": total["active"] / total["attempts"],
+                   "distill/divergence": mean["divergence"] / tokens, "distill/topk_mass_student": mean["mass_student"] / tokens,
+                   "distill/topk_mass_teacher": mean["mass_teacher"] / tokens, "distill/is_ratio_mean": mean["ratio"] / tokens,
+                   "rollout/reward": total["reward"] / total["attempts"], "rollout/length": total["length"] / total["attempts"],
+                   "rollout/cut_frac": total["cut"] / total["attempts"], "rollout/entropy": mean["entropy"] / tokens,
+                   "teacher/dropped_prompts": total["dropped"], "teacher/distance": teacher.distance()}
+        if step % args.eval_every == 0 or step == steps:
+            metrics |= evaluate(run, student, tokenizer, sampler, evals, verify, step, score)
+        run.log(step, metrics)
+        stop = run.stop_requested()
+        if step % args.save_every == 0 or step == steps or stop:
+            save_checkpoint(run, step, student, teacher, optimizer, score)
+        if stop:
+            return run.say(f"stopped after step {step}; go on with the same command and --resume")
+
+    finish(run, student, tokenizer, score)
+
+
+if __name__ == "__main__":
+    launch(main, Args, PRESETS)

@@ -1,0 +1,270 @@
+"""SDPO: who is shown whose success, which samples carry a signal, and how GRPO, the teacher and the KL enter the loss."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model, run_here
+
+import common
+import sdpo
+import toy
+from common import InputError, Run, Teacher, load_model, on_completions, parse
+from sdpo import PRESETS, Args, Sample, advantages, distill_weights, grpo_loss, hindsight, sdpo_loss, teacher_ids, to_row
+
+GROUP = [("a", 0.0, "fa"), ("b", 1.0, ""), ("c", 0.0, ""), ("<think>x</think>\nd", 1.0, "fd")]
+KEY = (0, 1, 2, 3)
+
+
+# ---- What the teacher reads
+
+def chat(text, **flags):
+    row = to_row({"prompt": "mul:12"})
+    return toy.make_tokenizer().decode(teacher_ids(row, *text, toy.make_tokenizer(), Args(**{"teacher_chat_kwargs": {}, **flags})))
+
+
+def test_templates_are_the_papers():
+    """The yaml's: no blank line before "Correct solution:", nothing after the last sentence."""
+    wrap = lambda text: f"<|user|>mul:12{text}\n\nCorrectly solve the original question.<|end|><|assistant|>"
+    assert chat(("34", "")) == wrap("\nCorrect solution:\n\n34")
+    feedback = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n4:no;"
+    assert chat(("", "4:no;")) == wrap(feedback) and chat(("34", "4:no;")) == wrap("\nCorrect solution:\n\n34" + feedback)
+    assert chat(("", "")) == ""
+
+
+def test_an_attempt_is_never_its_own_solution():
+    """Trap 43: the first other success; a lone success learns from nobody; random is seeded."""
+    args = Args(feedback_when="never")
+    assert [hindsight(GROUP, i, KEY, args)[0] for i in range(4)] == ["b", "d", "b", "b"]
+    assert [hindsight(GROUP[:3], i, KEY, args)[0] for i in range(3)] == ["b", "", "b"]
+    group = [(str(i), 1.0, "") for i in range(6)]
+    picks = {hindsight(group, 0, (0, step), Args(solution_from="random"))[0] for step in range(40)}
+    assert picks == {"1", "2", "3", "4", "5"}
+    assert hindsight(group, 0, (0, 7), Args(solution_from="random")) == hindsight(group, 0, (0, 7), Args(solution_from="random"))
+    assert hindsight(GROUP, 0, KEY, Args(solution_from="none"))[0] == ""
+
+
+@pytest.mark.parametrize("when, on, want", [
+    ("no_solution", "wrong", ["", "", "", ""]), ("always", "wrong", ["fa", "", "", ""]), ("always", "all", ["fa", "", "", "fd"]), ("never", "all", [""] * 4)])
+def test_when_feedback_is_shown(when, on, want):
+    assert [hindsight(GROUP, i, KEY, Args(feedback_when=when, feedback_on=on))[1] for i in range(4)] == want
+
+
+def test_feedback_alone_stands_in_where_no_other_attempt_succeeded():
+    lone = [("a", 0.0, "fa"), ("d", 1.0, "fd")]
+    assert hindsight(lone, 0, KEY, Args()) == ("d", "") and hindsight(lone, 1, KEY, Args()) == ("", "")
+    assert hindsight(lone, 1, KEY, Args(feedback_on="all")) == ("", "fd")
+
+
+def test_thinking_leaves_solutions_only_by_flag():
+    """Trap 20."""
+    assert hindsight(GROUP, 1, KEY, Args())[0] == "d" and hindsight(GROUP, 1, KEY, Args(remove_thinking=False))[0] == "<think>x</think>\nd"
+
+
+@pytest.mark.parametrize("reward, solved", [(0.5, True), (0.49, False), (0.99999, True)])
+def test_success_threshold(reward, solved):
+    """Trap 45: at least .5."""
+    assert (hindsight([("a", 0.0, ""), ("b", reward, "")], 0, KEY, Args())[0] == "b") == solved
+
+
+def test_a_long_solution_loses_its_own_end():
+    """Trap 17: question, sentence and generation prompt stay; what cannot fit at all is no signal."""
+    short = chat(("1" * 50, ""), max_teacher_tokens=30)
+    assert short.startswith("<|user|>mul:12\nCorrect solution:\n\n1") and short.endswith("\n\nCorrectly solve the original question.<|end|><|assistant|>")
+    assert len(toy.make_tokenizer()(short)["input_ids"]) == 30
+    assert chat(("1" * 50, ""), max_teacher_tokens=10) == "" and chat(("", "4:no;" * 20), max_teacher_tokens=30) == ""
+
+
+def test_rows_of_the_papers_data_sets():
+    raw = {"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"}
+    assert to_row(raw)["prompt"][1]["content"] == "Q\n\nA: x\nB: y\nPlease reason step by step."
+    assert [m["role"] for m in to_row({"prompt": "p", "system": "s", "answer": "A", "kind": "mcq"})["prompt"]] == ["system", "user"]
+    assert to_row({"prompt": "p", "system": "", "answer": "[]"})["prompt"] == [{"role": "user", "content": "p"}]
+
+
+# ---- The loss
+
+def test_advantages_and_their_clip():
+    """Eq. 12-13: no standard deviation by default; the clip is .2 down and .28 up, and only where it lowers the objective."""
+    assert advantages([1.0, 0.0, 0.0, 0.0], std=False) == [0.75, -0.25, -0.25, -0.25]
+    assert advantages([1.0, 0.0], std=True) == pytest.approx([1.0, -1.0], abs=1e-5) and advantages([1.0, 1.0], std=True) == [0.0, 0.0]
+    ratio, A = torch.tensor([1.5, 0.5, 1.5, 0.5]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    assert grpo_loss(ratio.log(), torch.zeros(4), A, Args()).tolist() == pytest.approx([-1.28, -0.5, 1.5, 0.8])
+
+
+def test_samples_without_a_signal_count_as_zeros():
+    """The code's effective average: 1/N over all attempts. Trap 7 is the choice --average token."""
+    sample = lambda mask: Sample({}, [], [], [1] * len(mask), [], mask, 0.0)
+    assert distill_weights(sample([True] * 4), 8, 20, "sequence") == [1 / 32] * 4
+    assert distill_weights(sample([True] * 4), 8, 20, "token") == [1 / 20] * 4
+    assert distill_weights(sample([False] * 4), 8, 20, "sequence") == distill_weights(sample([False] * 4), 8, 20, "token") == [0] * 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    run = Run(SimpleNamespace(out="/nowhere", dtype="auto"))
+    folder = tmp_path_factory.mktemp("world")
+    student = load_model(str(make_model(folder / "m")), run)
+    teacher = Teacher(str(make_model(folder / "t", seed=3)), 0.0, student, run)
+    ys = [[30, 31, 32, 33, 5], [34, 35, 5]]
+    samples = [Sample({}, p, c, y, [-3.0, -4.0, -5.0, -2.0, -6.0][:len(y)], [True] * len(y), a)
+               for p, c, y, a in zip([[3, 20, 5, 4], [3, 21, 22, 5, 4]], [[3, 20, 40, 41, 5, 4], [3, 43, 5, 4]], ys, [0.75, -0.25])]
+    return SimpleNamespace(run=run, student=student, teacher=teacher, samples=samples)
+
+
+def loss_of(world, **flags):
+    args = Args(**{"support": "full", "is_cap": 0.0, **flags})
+    targets, initial = world.teacher.targets([(s.context, s.y) for s in world.samples]), world.teacher.targets([(s.prompt, s.y) for s in world.samples])
+    weight_N = torch.tensor([w for s in world.samples for w in distill_weights(s, 2, 8, args.average)])
+    return on_completions(world.student, [(s.prompt, s.y) for s in world.samples], args,
+                          lambda h, head: sdpo_loss(h, head, targets, initial, world.samples, weight_N, 8, args))
+
+
+def logps(model, prompt, y):
+    with torch.no_grad():
+        return model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1:-1].double().log_softmax(-1)
+
+
+def per_token(world, f):
+    return [[f(p, q, t) for t, (p, q) in enumerate(zip(logps(world.student, s.prompt, s.y), logps(world.teacher.model, s.context, s.y)))] for s in world.samples]
+
+
+def jsd(p, q, t):
+    m = ((p.exp() + q.exp()) / 2).log()
+    return (((p.exp() * (p - m)).sum() + (q.exp() * (q - m)).sum()) / 2).item()
+
+
+def test_default_loss_by_hand(world):
+    """JSD 1/2, mean over tokens, then over sequences; on the student's top 100 and a tail when the vocabulary is larger."""
+    want = sum(sum(d) / len(d) for d in per_token(world, jsd)) / 2
+    assert loss_of(world)[0].item() == pytest.approx(want, rel=1e-5)
+
+    def top_and_tail(p, q, t):
+        index = p.topk(5).indices
+        bucket = lambda x: torch.cat([x[index], (1 - x[index].exp().sum()).log()[None]])
+        return jsd(bucket(p), bucket(q), t)
+    want = sum(sum(d) / len(d) for d in per_token(world, top_and_tail)) / 2
+    assert loss_of(world, support="student_topk", topk=5)[0].item() == pytest.approx(want, rel=1e-4)
+
+
+def test_grpo_by_hand_and_the_blend(world):
+    """lambda = 1 is GRPO alone, a token mean over all attempts; between, Eq. 3 is linear."""
+    want = 0.0
+    for s in world.samples:
+        logp = logps(world.student, s.prompt, s.y).gather(1, torch.tensor(s.y)[:, None])[:, 0]
+        ratio = (logp - torch.tensor(s.logps)).exp()
+        want -= torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.28) * s.advantage).sum().item() / 8
+    grpo, sdpo_ = loss_of(world, policy_weight=1.0)[0].item(), loss_of(world)[0].item()
+    assert grpo == pytest.approx(want, rel=1e-5)
+    assert loss_of(world, policy_weight=0.9)[0].item() == pytest.approx(0.9 * grpo + 0.1 * sdpo_, rel=1e-5)
+
+
+def test_kl_to_the_initial_model_is_really_applied(world):
+    kl = sum((p.exp() * (p - q)).sum().item() for s in world.samples
+             for p, q in zip(logps(world.student, s.prompt, s.y), logps(world.teacher.model, s.prompt, s.y))) / 8
+    assert loss_of(world, kl_coef=0.3)[0].item() - loss_of(world)[0].item() == pytest.approx(0.3 * kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_ratio_by_hand(world, level):
+    """Trap 40: min(student / sampler, cap), for each token or as its mean over the attempt."""
+    want = 0.0
+    for s, D in zip(world.samples, per_token(world, jsd)):
+        logp = logps(world.student, s.prompt, s.y).gather(1, torch.tensor(s.y)[:, None])[:, 0]
+        r = (logp - torch.tensor(s.logps)).exp().clamp(max=2.0)
+        r = r if level == "token" else r.mean().expand(len(r))
+        want += (r * torch.tensor(D)).mean().item() / 2
+    assert loss_of(world, is_cap=2.0, is_level=level)[0].item() == pytest.approx(want, rel=1e-5) != loss_of(world)[0].item()
+
+
+# ---- The loop
+
+JUDGE = "def judge(completion, row):\n    n = sum(map(ord, completion)) % {}\n    return (float(n == 0), f'4:{{n % 10}};')\n"
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """Rewards some attempts, by their text alone; feedback for all."""
+    (tmp_path / "judge.py").write_text(JUDGE.format(4))
+    return f"--verifier {tmp_path}/judge.py:judge"
+
+
+def test_teacher_moves_once_per_batch_and_weights_once_per_mini_batch(tiny, tmp_path, judge, monkeypatch):
+    calls = []
+    update, step = Teacher.update, sdpo.optimizer_step
+    monkeypatch.setattr(Teacher, "update", lambda self: (calls.append("teacher"), update(self))[1])
+    monkeypatch.setattr(sdpo, "optimizer_step", lambda *a: (calls.append("step"), step(*a))[1])
+    run_here("sdpo", tmp_path / "r", tiny, f"{judge} --steps 2 --mini-batch 2 --prompts-per-step 4")
+    assert calls == ["step", "step", "teacher"] * 2
+
+
+def test_scored_pairs_belong_together(tiny, tmp_path, judge, monkeypatch):
+    """Traps 18, 44 and 46: every context holds its own question, and no attempt's own text as its solution."""
+    seen, targets = [], Teacher.targets
+    monkeypatch.setattr(Teacher, "targets", lambda self, pairs: (seen.extend(pairs), targets(self, pairs))[1])
+    scored, score = [], sdpo.on_completions
+    monkeypatch.setattr(sdpo, "on_completions", lambda model, pairs, *rest: (scored.extend(pairs), score(model, pairs, *rest))[1])
+    run_here("sdpo", tmp_path / "r", tiny, f"{judge} --steps 2")
+    tokenizer = toy.make_tokenizer()
+    assert len(seen) == len(scored) > 8
+    for (context, y), (prompt, y_again) in zip(seen, scored):
+        question, text = tokenizer.decode(prompt)[:-len("<|end|><|assistant|>")], tokenizer.decode(context)
+        assert y == y_again and text.startswith(question + "\n") and "Correctly solve" not in tokenizer.decode(prompt)
+        solution = text.partition("Correct solution:\n\n")[2].partition("\n\nCorrectly")[0]
+        assert not solution or solution != tokenizer.decode(y, skip_special_tokens=True)
+
+
+def test_grpo_alone_asks_no_teacher(tiny, tmp_path, judge, monkeypatch):
+    monkeypatch.setattr(Teacher, "targets", lambda self, pairs: pytest.fail("a teacher was asked"))
+    rows = run_here("sdpo", tmp_path / "r", tiny, f"{judge} --policy-weight 1")
+    assert all(r["train/grad_norm"] > 0 for r in rows[1:])
+
+
+def test_a_step_without_a_signal_costs_no_forward_and_changes_nothing(tiny, tmp_path, monkeypatch, capsys):
+    """Trap 8, counted, and advice after ten in a row."""
+    (tmp_path / "never.py").write_text("def never(completion, row):\n    return 0.0\n")
+    monkeypatch.setattr(sdpo, "on_completions", lambda *a: pytest.fail("a forward without a signal"))
+    rows = run_here("sdpo", tmp_path / "r", tiny, f"--verifier {tmp_path}/never.py:never --steps 11")
+    assert all(r["distill/active_frac"] == r["train/loss"] == r["teacher/distance"] == 0 for r in rows[1:])
+    assert capsys.readouterr().out.count("ten steps in a row without any signal") == 1
+
+
+def test_stale_rollouts_make_ratio_and_cap_bite(tiny, tmp_path, judge):
+    """With several optimiser steps a batch the ratio leaves 1; on-policy it is 1."""
+    on = run_here("sdpo", tmp_path / "on", tiny, judge)
+    off = run_here("sdpo", tmp_path / "off", tiny, f"{judge} --mini-batch 1 --lr 1e-2")
+    assert all(r["distill/is_ratio_mean"] == pytest.approx(1, abs=1e-5) for r in on[1:])
+    assert any(abs(r["distill/is_ratio_mean"] - 1) > 1e-2 for r in off[1:])
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--rollouts 1 --feedback-when never", "a group of one"), ("--rollouts 1 --policy-weight 1", "a group of one"),
+    ("--solution-from none --feedback-when never", "nothing to read"), ("--mini-batch 3", "must divide --prompts-per-step"),
+    ("--policy-weight 2", "--policy-weight 2.0: a share"), ("--support student_topk --topk 1000", "--topk 1000: the vocabulary has"),
+    ("--temperature 0.5", "--is-cap compares"), ("--support sampled", "add --divergence reverse_kl")])
+def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_here("sdpo", tmp_path / "r", tiny, flags)
+
+
+@pytest.mark.parametrize("flags", ["--teacher trust_region", "--teacher base", "--teacher live", "--lora-rank 2", "--divergence reverse_kl --support student_topk --topk 5",
+                                   "--divergence reverse_kl --support sampled", "--policy-weight 0.9 --std-advantage", "--kl-coef 0.1", "--average token",
+                                   "--entropy-quantile 0.5", "--solution-from none", "--cut-off drop"])
+def test_every_way_runs(flags, tiny, tmp_path, judge):
+    rows = run_here("sdpo", tmp_path / "r", tiny, f"{judge} --steps 2 {flags}")
+    assert all(math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in rows[1:])
+
+
+def test_presets_are_the_papers():
+    """Tables 12 and 13, column of section 3; the authors' yaml where the paper is silent."""
+    for name in ("sciknoweval", "tooluse"):
+        a = parse(Args, PRESETS, ["--preset", name])
+        assert (a.model, a.prompts_per_step, a.rollouts, a.mini_batch) == ("Qwen/Qwen3-8B", 32, 8, 0)
+        assert (a.max_prompt_tokens, a.max_completion_tokens, a.max_teacher_tokens) == (2048, 8192, 10240)
+        assert (a.temperature, a.top_p, a.top_k, a.divergence, a.beta, a.support, a.topk, a.tail) == (1.0, 1.0, 0, "jsd", 0.5, "student_topk", 100, True)
+        assert (a.teacher, a.ema_rate, a.lr, a.schedule, a.warmup, a.weight_decay, a.grad_clip) == ("ema", 0.05, 1e-5, "constant", 10, 0.01, 1.0)
+        assert (a.adam_betas, a.is_cap, a.is_level, a.eval_samples, a.eval_temperature, a.eval_top_p, a.eval_every) == ((0.9, 0.999), 2.0, "token", 16, 0.6, 0.95, 5)
+        assert (a.clip_low, a.clip_high, a.std_advantage, a.kl_coef, a.epochs, a.feedback_when) == (0.2, 0.28, False, 0.0, 30.0, "never")
+        assert a.student_chat_kwargs == a.teacher_chat_kwargs == {"enable_thinking": False} and a.average == "sequence"
+    assert common.SOLVED == 0.5
