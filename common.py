@@ -18,21 +18,29 @@ N completion tokens of a micro-batch laid end to end, K support.
 
 from __future__ import annotations
 
+import ast
+import base64
 import contextlib
 import copy
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
+import pickle
+import queue
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple, get_args
 
@@ -1078,11 +1086,334 @@ def merge_inputs(texts: Any) -> dict:
     return merged
 
 
-VERIFIERS: dict[str, Callable] = {"exact": exact, "choice": choice, "tool_use": tool_use}
+MATH_FORMAT = r"Your answer had the wrong format. The solution must be given in the format: \boxed{your_answer}."
+MATH_CUT = "Your response was truncated because it exceeded the maximum length."
+CODE_FORMAT = "Incorrect Format: Put your code inside a ```python ... ``` block."
+CODE_CUT = ("Truncated Attempt: Your previous response was too long and truncated because it reached the maximum response length. "
+            "Try again with a shorter response.")
+CODE_PROMPT = """\
+You are a coding expert. You will be given a coding problem, and you need to write a correct Python program that matches the \
+specification and passes all tests. The time limit is 1 second. You may start by outlining your thought process. In the end, please \
+provide the complete code in a code block enclosed with ``` ```.
+
+"""
+CODE_SIGNATURE = "\n\nYour solution should have the following signature: ```python\n{signature}\n```"
+
+
+def math_answer(completion: str, row: dict) -> tuple[float, str]:
+    """The last \\boxed{...} is the answer: the same text, or equal for math-verify. Feedback for its absence only (row["truncated"])."""
+    boxed, gold = last_boxed(completion), str(row["answer"]).strip()
+    if boxed is None:
+        return 0.0, MATH_CUT if row.get("truncated") else MATH_FORMAT
+    return float(boxed == gold or same_mathematics(gold, boxed)), ""
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands between the braces of the last \\boxed, nested and escaped braces respected; None when it never closes."""
+    start, depth = text.rfind(r"\boxed{") + len(r"\boxed"), 0
+    if start < len(r"\boxed"):
+        return None
+    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            return text[start + 1:start + brace.start()].strip()
+    return None
+
+
+# math-verify stops itself with SIGALRM, which works in a main thread only and not inside one long multiplication. So it lives in
+# processes of its own, one for each thread that grades, and the kernel ends one that spends ten seconds of CPU on one answer.
+MATH_WORKER = r"""
+import json, resource, signal, sys
+from math_verify import parse, verify
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+for line in sys.stdin:
+    signal.setitimer(signal.ITIMER_PROF, 10)
+    try:
+        same = verify(*(parse("\\boxed{" + text + "}") for text in json.loads(line)))
+    except Exception:
+        same = False
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    print(int(same), flush=True)
+"""
+idle_math_workers: queue.SimpleQueue = queue.SimpleQueue()
+
+
+def same_mathematics(gold: str, answer: str) -> bool:
+    """math-verify's judgement; an answer on which it hangs or breaks is wrong."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise InputError("--verifier math needs math-verify: pip install math-verify")
+    try:
+        worker = idle_math_workers.get_nowait()
+    except queue.Empty:
+        worker = subprocess.Popen([sys.executable, "-I", "-c", MATH_WORKER], env={}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, start_new_session=True)
+    verdict = b""
+    with contextlib.suppress(BrokenPipeError):
+        worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+        worker.stdin.flush()
+        verdict = worker.stdout.readline()
+    if verdict:
+        idle_math_workers.put(worker)
+    else:
+        worker.kill()
+        worker.communicate()
+    return verdict == b"1\n"
+
+
+def livecodebench_row(raw: dict) -> dict:
+    """A raw LiveCodeBench row as the prompt of the SDPO authors and the columns that `code` reads."""
+    signature = re.search(r"def .*", raw.get("starter_code") or "")
+    prompt = CODE_PROMPT + raw["question_content"]
+    if signature:
+        prompt += CODE_SIGNATURE.replace("{signature}", signature[0].strip().replace("(self, ", "("))
+    cases = json.loads(raw["public_test_cases"]) + private_tests(raw["private_test_cases"])
+    return {"prompt": prompt, "tests": {
+        "inputs": [case["input"] for case in cases], "outputs": [case["output"] for case in cases], "testtype": cases[0]["testtype"],
+        "fn_name": json.loads(raw.get("metadata") or "{}").get("func_name"), "time_limit": 6}}
+
+
+class NoGlobals(pickle.Unpickler):
+    """A pickle is a program; this one may build strings, numbers and lists, and call nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"the private tests ask for {module}.{name}; they should be one plain string")
+
+
+def private_tests(text: str) -> list[dict]:
+    """JSON, or base64 of zlib of a pickle of JSON."""
+    if not text.lstrip().startswith("["):
+        text = NoGlobals(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
+    return json.loads(text)
+
+
+def code(completion: str, row: dict) -> tuple[float, str]:
+    """The longest fenced block is the program; 1 when it passes every test of row["tests"], with feedback on the first failure.
+
+    tests  {"inputs", "outputs", "testtype": "stdin" or "functional", "fn_name", "time_limit"}, or the same as JSON text, or a list of
+           `assert expression == literal`. Expected values stay with us: the program cannot read, patch or print itself to a reward.
+           An assert of another form is judged inside the program's own process, and a program that looks for it could fake it.
+    """
+    kind, inputs, outputs, name, limit = read_tests(row)
+    program = max((block for _, block in re.findall(r"```(\w*)\n(.*?)```", completion, re.DOTALL)), key=len, default=None)
+    if program is None:
+        return 0.0, CODE_CUT if row.get("truncated") else CODE_FORMAT
+    runs = run_program(program, kind, inputs, name, limit)
+    end, shown, trace = runs[-1]
+    wrong = [i for i, (_, output, _) in enumerate(runs) if end == "ok" and not agrees(kind, output, outputs[i])]
+    if end == "ok" and not wrong:
+        return 1.0, ""
+    last = f"\n\nLast Executed Input\n{clip(inputs[len(runs) - 1], lines=8)}"
+    if end != "ok":
+        return 0.0, (f"Runtime Error\n{clip(trace)}" if end == "error" else "Time Limit Exceeded") + last
+    wrong = sorted(wrong, key=lambda i: len(inputs[i]))[:2]
+    return 0.0, "\n\n".join(f"Test Case {i + 1}: Wrong Answer\n\nInput\n{clip(inputs[i], lines=8)}\n\nOutput\n{clip(runs[i][1])}\n\n"
+                            f"Expected\n{clip(str(outputs[i]))}" for i in wrong)[:2000]
+
+
+def clip(text: str, lines: int = 250) -> str:
+    """At most 250 characters and so many lines, "..." where something is missing."""
+    kept = "\n".join(text.strip().split("\n")[:lines])[:250]
+    return kept if kept == text.strip() else kept[:246] + "\n..."
+
+
+def read_tests(row: dict) -> tuple[str, list[str], list[str], str | None, float]:
+    """Kind, inputs, expected outputs, function name, seconds per test."""
+    try:
+        tests = json.loads(row["tests"]) if isinstance(row["tests"], str) else row["tests"]
+        if isinstance(tests, list):
+            inputs, outputs = zip(*map(split_assert, tests))
+            return "assert", list(inputs), list(outputs), None, 6.0
+        kind, inputs, outputs = tests["testtype"], list(tests["inputs"]), list(tests["outputs"])
+        name, limit = tests.get("fn_name"), float(tests.get("time_limit") or 6)
+        fits = len(inputs) == len(outputs) > 0 and all(isinstance(text, str) for text in inputs + outputs) and 0 < limit < 3600
+        if kind not in ("stdin", "functional") or not fits or (kind == "functional" and not isinstance(name, str)):
+            raise ValueError("these columns do not go together")
+        return kind, inputs, outputs, name, limit
+    except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+        raise InputError(f"{row.get('where', 'this row')}: 'tests' cannot be used ({type(error).__name__}: {error}); expected inputs and "
+                         "outputs (as many, texts), testtype stdin or functional (with fn_name), or a list of asserts") from None
+
+
+def split_assert(test: str) -> tuple[str, str]:
+    """`assert f(2) == 4` -> f(2), which the program sees, and 4, which it does not."""
+    statement, = ast.parse(test.strip()).body
+    if not isinstance(statement, ast.Assert):
+        raise ValueError(f"{test!r} is no assert statement")
+    match statement.test:
+        case ast.Compare(left=left, ops=[ast.Eq() | ast.Is()], comparators=[right]):
+            with contextlib.suppress(ValueError):
+                return ast.unparse(left), repr(ast.literal_eval(right))
+    return f"bool({ast.unparse(statement.test)})", "True"
+
+
+def agrees(kind: str, output: str, expected: str) -> bool:
+    """stdin: the same words. functional: the same JSON value. assert: the same literal. An output that cannot be read is wrong."""
+    try:
+        if kind == "stdin":
+            return output.split() == expected.split()
+        if kind == "functional":
+            return json.loads(output) == json.loads(expected)
+        return len(output) <= 4 * len(expected) + 64 and ast.literal_eval(output) == ast.literal_eval(expected)
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+        return False
+
+
+def run_program(program: str, kind: str, inputs: list[str], name: str | None, limit: float) -> list[tuple[str, str, str]]:
+    """(ok | error | timeout, output, traceback) per input, up to and including the first that is not ok. What confines it:
+
+    - a process group of its own, killed whole after `limit` seconds per test and ten tests' worth in all, and always at the end;
+    - 1 GiB of memory, 4 MiB per file and output, 64 descriptors, an empty folder, no environment, none of our descriptors;
+    - Linux on x86-64 or arm64: a system call filter, so no further process, socket, signal or change of group (a limit on the number of
+      processes would not bind root);
+    - where the kernel grants user namespaces (containers often do not): no network device, no sight of other processes, and every file
+      system read-only except the empty folder, which is 256 MiB of memory.
+    It does not protect from: reading the files this user may read (data with the answers, keys); holes in the kernel; and, without user
+    namespaces, writing or deleting this user's files and looking into this user's processes. Each of the limits is per program, so many
+    at once add up. For the programs of an adversary rather than of a model use a virtual machine.
+    """
+    job = json.dumps({"program": program, "kind": kind, "inputs": inputs, "name": name, "limit": limit}).encode()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1"}
+        child = subprocess.Popen([sys.executable, "-I", "-B", "-X", "utf8", "-c", SANDBOX], cwd=folder, env=environment, stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        timer = threading.Timer(limit * min(len(inputs), 10) + 10, kill_group, [child.pid])
+        timer.start()
+        try:
+            with contextlib.suppress(BrokenPipeError), child.stdin:
+                child.stdin.write(job)                       # the child reads all of it before it writes a byte
+            lines = child.stdout.read(64 << 20).split(b"\n")
+        finally:
+            timer.cancel()
+            kill_group(child.pid)
+            child.wait()
+            child.stdout.close()
+    runs = []
+    for line in lines[:len(inputs)]:
+        with contextlib.suppress(ValueError, RecursionError):
+            match json.loads(line):
+                case [("ok" | "error" | "timeout") as end, str(output), str(trace)]:
+                    runs.append((end, output, trace))
+    finished = len(runs) == len(inputs) or (runs and runs[-1][0] != "ok")
+    return runs if finished else [*runs, ("timeout", "", "")]
+
+
+def kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+SANDBOX = r"""
+import contextlib, ctypes, json, os, resource, signal, struct, sys, tempfile, time, traceback, types
+
+libc = ctypes.CDLL(None)
+job = json.load(sys.stdin.buffer)
+
+def confine():
+    '''User, mount, process, network and IPC namespaces, all or none; then no capability is left to undo them.'''
+    folder, uid, gid = os.getcwd(), os.getuid(), os.getgid()
+    if libc.unshare(0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000) == 0:
+        with contextlib.suppress(OSError):
+            for name, text in ('setgroups', 'deny'), ('uid_map', f'65534 {uid} 1'), ('gid_map', f'65534 {gid} 1'):
+                with open(f'/proc/self/{name}', 'w') as file:
+                    file.write(text)
+        libc.syscall(442, -100, b'/', 0x8000, struct.pack('4Q', 1, 0, 0, 0), 32)      # mount_setattr: all of / read-only
+        libc.mount(b'tmpfs', folder.encode(), b'tmpfs', 0, b'size=256m')
+        os.chdir(folder)
+        first = os.fork()                                    # process 1 of the namespace: when it ends, all in it end
+        if first:
+            os.waitpid(first, 0)
+            os._exit(0)
+        libc.mount(b'proc', b'/proc', b'proc', 0, None)
+    libc.capset(struct.pack('Ii', 0x20080522, 0), bytes(24))
+    libc.prctl(4, 0, 0, 0, 0)                                # not dumpable: the program cannot open this process's memory
+
+def forbid():
+    '''A seccomp filter that refuses new processes (threads are fine), sockets, signals, tracing, shared memory, new groups and namespaces.'''
+    arch, clone, refused = {
+        'x86_64': (0xC000003E, 56, (29, 41, 57, 58, 62, 64, 68, 101, 109, 112, 129, 200, 234, 272, 297, 308, 310, 311, 424, 425)),
+        'aarch64': (0xC00000B7, 220, (194, 198, 129, 190, 186, 117, 154, 157, 138, 130, 131, 97, 240, 268, 270, 271, 424, 425)),
+    }[os.uname().machine]
+    rule = lambda code, value, yes=0, no=0: struct.pack('HBBI', code, yes, no, value)
+    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+    no, absent, yes = (rule(RETURN, value) for value in (0x50001, 0x50026, 0x7FFF0000))
+    rules = [rule(LOAD, 4), rule(EQUAL, arch, 1, 0), no, rule(LOAD, 0), rule(AT_LEAST, 1 << 30, 0, 1), no]
+    for number in refused:
+        rules += [rule(EQUAL, number, 0, 1), no]
+    rules += [rule(EQUAL, 435, 0, 1), absent]                # clone3 hides its flags; libc then falls back to clone
+    rules += [rule(EQUAL, clone, 0, 3), rule(LOAD, 16), rule(ANY_BIT, 0x10000, 1, 0), no, yes]
+    text = ctypes.create_string_buffer(b''.join(rules))
+    libc.prctl(38, 1, 0, 0, 0)
+    libc.prctl(22, 2, struct.pack('HP', len(rules), ctypes.addressof(text)))
+
+def play(text, files):
+    '''The program on one input, in this process, which ends as a program of its own would.'''
+    for descriptor, file in enumerate(files):
+        os.dup2(file.fileno(), descriptor)
+    sys.stdin = open(0, closefd=False)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for name, most in dict(AS=1 << 30, FSIZE=4 << 20, CPU=int(job['limit']) + 2, NOFILE=64, CORE=0, STACK=64 << 20).items():
+        with contextlib.suppress(ValueError, OSError):
+            kind = getattr(resource, 'RLIMIT_' + name)
+            hard = resource.getrlimit(kind)[1]
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(kind, (most, most))
+    with contextlib.suppress(AttributeError, KeyError):
+        forbid()
+    if job['kind'] != 'stdin':                               # what it prints is nothing; what it returns is the output
+        result = open(os.dup(1), 'w')
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.modules['__main__'] = module = types.ModuleType('__main__')
+    names = module.__dict__
+    try:
+        exec('from typing import *', names)                  # starter code says List[int] and imports nothing
+        exec(compile(job['program'], 'solution.py', 'exec'), names)
+        if job['kind'] == 'functional':
+            function = getattr(names['Solution'](), job['name']) if 'Solution' in names else names[job['name']]
+            result.write(json.dumps(function(*map(json.loads, filter(str.strip, text.split('\n'))))))
+        elif job['kind'] == 'assert':
+            result.write(repr(eval(text, names)))
+    except SystemExit:
+        raise
+    except BaseException as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == 'solution.py'][-3:]
+        lines = [f'{type(error).__name__}: {error}', *(f'Line {frame.lineno} in {frame.name} (solution.py)' for frame in frames)]
+        os.ftruncate(2, 0)
+        os.pwrite(2, '\n'.join(lines).encode(errors='backslashreplace'), 0)
+        os._exit(1)
+
+def run(text):
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        stdin.write(text.encode(errors='surrogatepass'))
+        stdin.seek(0)
+        start, child = time.monotonic(), os.fork()
+        if child == 0:
+            play(text, (stdin, stdout, stderr))
+            sys.exit()
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, job['limit'])
+        status = os.waitpid(child, 0)[1]
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        late = time.monotonic() - start >= job['limit'] or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+        output, trace = (os.pread(file.fileno(), 4 << 20, 0).decode(errors='replace') for file in (stdout, stderr))
+        end = 'timeout' if late else 'error' if status else 'ok'
+        return [end, output, trace or f'The program ended with status {os.waitstatus_to_exitcode(status)}.']
+
+with contextlib.suppress(AttributeError):                    # not Linux: limits and the process group have to do
+    confine()
+for text in job['inputs']:
+    result = run(text)
+    sys.stdout.buffer.write(json.dumps(result).encode() + b'\n')
+    sys.stdout.buffer.flush()
+    if result[0] != 'ok':
+        break
+"""
+
+
+VERIFIERS: dict[str, Callable] = {"exact": exact, "choice": choice, "tool_use": tool_use, "math": math_answer, "code": code}
 
 
 def load_verifier(name: str) -> Callable[[str, dict], tuple[float, str]]:
-    """`exact`, `choice`, `tool_use`, or `path.py:function` with function(completion, row) -> reward or (reward, feedback).
+    """`exact`, `choice`, `tool_use`, `math`, `code`, or `path.py:function` with function(completion, row) -> reward or (reward, feedback).
 
     `toy:function` is one of the laptop world's.
     """
@@ -1159,8 +1490,9 @@ def load_evals(sources: tuple[str, ...], convert: Callable, tokenizer: Any, args
         for row in rows:
             row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
             fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], drop=False)
-            if "answer" not in row and args.verifier in VERIFIERS:
-                raise InputError(f"{row['where']}: no 'answer' in this row; --verifier {args.verifier} compares completions with it")
+            wanted = "tests" if args.verifier == "code" else "answer"
+            if wanted not in row and args.verifier in VERIFIERS:
+                raise InputError(f"{row['where']}: no '{wanted}' in this row; --verifier {args.verifier} grades completions by it")
         name = re.split(r"[/:@]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
         if name in evals:
             raise InputError(f"--eval-data {source}: another set is called {name} already, and metrics go by that name; rename one file")

@@ -79,7 +79,7 @@ class Args:
     eval_data: tuple[str, ...] = ()
     """Evaluation sets; the first decides which weights are best/, the others watch what is forgotten."""
     verifier: str = "exact"
-    """Grades evaluation: exact, choice, tool_use, or path.py:function, as function(completion, row) -> reward."""
+    """Grades evaluation: exact, choice, tool_use, math, code (runs them in a sandbox), or path.py:function, as function(completion, row) -> reward."""
     student_chat_kwargs: Json = field(default_factory=dict)
     """Arguments of the chat template for the student's prompt, as JSON: '{"enable_thinking": false}'."""
     teacher_chat_kwargs: Json = field(default_factory=dict)

@@ -28,15 +28,15 @@ import torch
 from torch import Tensor
 
 from common import (SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Sampler, Support, Teacher, as_messages, batch_rows, begin,
-                    chat_ids, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint, load_evals,
-                    load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain, on_completions,
+                    chat_ids, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, livecodebench_row, load_checkpoint,
+                    load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain, on_completions,
                     optimizer_step, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
 
 
 @dataclass
 class Args:
     preset: str = "toy"
-    """Where the other flags start from: toy, sciknoweval, tooluse. Any flag given beside it wins."""
+    """Where the other flags start from: toy, sciknoweval, tooluse, lcb. Any flag given beside it wins."""
 
     # The algorithm, in the paper's order and symbols.
     rollouts: int = 8
@@ -101,7 +101,7 @@ class Args:
     eval_data: tuple[str, ...] = ()
     """Evaluation sets; the first decides which weights are best/, the others watch what is forgotten."""
     verifier: str = "exact"
-    """Grades attempts: exact, choice, tool_use, or path.py:function, as function(completion, row) -> reward or (reward, feedback)."""
+    """Grades attempts: exact, choice, tool_use, math, code (runs them in a sandbox), or path.py:function, as function(completion, row) -> reward or (reward, feedback)."""
     student_chat_kwargs: Json = field(default_factory=lambda: {"enable_thinking": False})
     """Arguments of the chat template for the student's prompt, as JSON."""
     teacher_chat_kwargs: Json = field(default_factory=lambda: {"enable_thinking": False})
@@ -189,6 +189,8 @@ PRESETS: dict[str, dict] = {
     # The authors' JSON lines, one domain a run: chemistry, physics, biology, material.
     "sciknoweval": dict(verifier="choice", feedback_when="never"),
     "tooluse": dict(verifier="tool_use", feedback_when="never"),               # its feedback would leak the gold answer
+    # Section 4, rich feedback. The authors' JSON lines: train with half of the private tests, evaluation with all.
+    "lcb": dict(verifier="code", divergence="reverse_kl", topk=20, ema_rate=0.01, lr=1e-6, warmup=0, mini_batch=1, eval_samples=4),
 }
 
 
@@ -207,6 +209,8 @@ def to_row(raw: dict) -> dict:
     row = dict(raw)
     if "answerKey" in raw:
         row |= sciknoweval_row(raw, suffix="\nPlease reason step by step.")
+    elif "private_test_cases" in raw:
+        row |= livecodebench_row(raw)
     elif raw.get("system"):                                  # the authors' JSON lines
         row["prompt"] = [{"role": "system", "content": raw["system"]}, {"role": "user", "content": raw["prompt"]}]
     row["prompt"] = as_messages(row["prompt"])

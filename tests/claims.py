@@ -32,7 +32,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "DFT on the demonstrations": f"sdft.py {BASE} {SFT_LR} --method dft",
         "SFT on own-style rewrites (control)": f"sdft.py {OWN} {LR} --method sft",
     },
-    "sdft-teachers": {f"{teacher} teacher": f"sdft.py {BASE} {LR} --teacher {teacher}" for teacher in ("ema", "base", "live")},
+    "sdft-teachers": {f"{teacher} teacher": f"sdft.py {BASE} {LR} --teacher {teacher}" for teacher in ("ema", "base", "live")}
+                     | {"live teacher at the others' rate": f"sdft.py {BASE} --lr 5e-5 --teacher live"},
     "sdft-divergences": {d: f"sdft.py {BASE} {LR} --divergence {d}" for d in ("forward_kl", "reverse_kl", "jsd")},
     "sdft-data": {
         "on-policy": f"sdft.py {BASE} {LR}",

@@ -267,4 +267,7 @@ def test_presets_are_the_papers():
         assert (a.adam_betas, a.is_cap, a.is_level, a.eval_samples, a.eval_temperature, a.eval_top_p, a.eval_every) == ((0.9, 0.999), 2.0, "token", 16, 0.6, 0.95, 5)
         assert (a.clip_low, a.clip_high, a.std_advantage, a.kl_coef, a.epochs, a.feedback_when) == (0.2, 0.28, False, 0.0, 30.0, "never")
         assert a.student_chat_kwargs == a.teacher_chat_kwargs == {"enable_thinking": False} and a.average == "sequence"
+    a = parse(Args, PRESETS, ["--preset", "lcb"])
+    assert (a.divergence, a.topk, a.tail, a.ema_rate, a.lr, a.warmup, a.mini_batch, a.eval_samples) == ("reverse_kl", 20, True, 0.01, 1e-6, 0, 1, 4)
+    assert (a.verifier, a.feedback_when, a.feedback_on, a.is_cap, a.rollouts) == ("code", "no_solution", "wrong", 2.0, 8)
     assert common.SOLVED == 0.5
