@@ -70,8 +70,8 @@ def test_success_threshold(reward, solved):
 
 def test_a_long_solution_loses_its_own_end():
     """Trap 17: question, sentence and generation prompt stay; what cannot fit at all is no signal."""
-    short = chat(("1" * 50, ""), max_teacher_tokens=30)
-    assert short.startswith("<|user|>mul:12\nCorrect solution:\n\n1") and short.endswith("\n\nCorrectly solve the original question.<|end|><|assistant|>")
+    short = chat(("0123456789" * 5, ""), max_teacher_tokens=30)
+    assert short.startswith("<|user|>mul:12\nCorrect solution:\n\n012") and short.endswith("\n\nCorrectly solve the original question.<|end|><|assistant|>")
     assert len(toy.make_tokenizer()(short)["input_ids"]) == 30
     assert chat(("1" * 50, ""), max_teacher_tokens=10) == "" and chat(("", "4:no;" * 20), max_teacher_tokens=30) == ""
 
