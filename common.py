@@ -460,7 +460,7 @@ def load_rows(source: str, convert: Callable[[dict], dict] = lambda row: row) ->
                 raise ValueError(f"expected a JSON object with named columns, found {type(raw).__name__}")
             rows.append({**convert(raw), "id": i, "where": where})
         except KeyError as error:
-            raise InputError(f"{where}: no {error} in this row (it has: {', '.join(raw)})") from error
+            raise InputError(f"{where}: no {error} in this row (it has: {', '.join(raw)}); --help says which columns are read") from error
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
     if not rows:

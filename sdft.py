@@ -218,6 +218,8 @@ def tokenize(rows: list[dict], tokenizer: Any, args: Args) -> list[dict]:
     """Both sides' prompts as token ids, once; rows over a limit stop the run or, with --drop-long, are left out."""
     kept = []
     for row in rows:
+        if args.method != "sdft" and "privileged_context" not in row:
+            raise InputError(f"{row['where']}: no 'privileged_context' in this row; --method {args.method} learns its words")
         row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
         row["teacher_ids"] = chat_ids(tokenizer, teacher_messages(row, args.template), args.teacher_chat_kwargs)
         if (fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], args.drop_long)

@@ -25,6 +25,8 @@ BASE = ("--model toy:{seed}/model --eval-data toy:{seed}/zig-eval.jsonl toy:{see
         "--data toy:{seed}/zig-train.jsonl --eval-every 40 --verifier toy:lenient")
 OWN = BASE.replace("zig-train", "zig-own-train")
 LR, SFT_LR = "--lr {3e-5|5e-5|1e-4}", "--lr {3e-5|1e-4|3e-4|1e-3}"
+MUL = ("--model toy:{seed}/model --data toy:{seed}/mul-train.jsonl --eval-data toy:{seed}/mul-eval.jsonl toy:{seed}/prior-eval.jsonl --seed {seed} "
+       "--eval-every 5 --lr 3e-4")
 CLAIMS: dict[str, dict[str, str]] = {
     "sdft-vs-sft": {
         "SDFT": f"sdft.py {BASE} {LR}",
@@ -38,6 +40,13 @@ CLAIMS: dict[str, dict[str, str]] = {
     "sdft-data": {
         "on-policy": f"sdft.py {BASE} {LR}",
         "off-policy: the teacher answers": f"sdft.py {BASE} {LR} --generate-from teacher --is-cap 0",
+    },
+    "sdpo-vs-grpo": {
+        "SDPO, solution or feedback": f"sdpo.py {MUL}",
+        "SDPO, solution only": f"sdpo.py {MUL} --feedback-when never",
+        "SDPO, feedback on wrong attempts only": f"sdpo.py {MUL} --solution-from none",
+        "SDPO, feedback on every attempt": f"sdpo.py {MUL} --solution-from none --feedback-on all",
+        "GRPO": f"sdpo.py {MUL} --policy-weight 1",
     },
 }
 
@@ -64,6 +73,12 @@ def score(metrics: list[dict], name: str = "eval") -> float:
     return next(v for row in reversed(metrics) for k, v in row.items() if k.startswith(f"{name}/avg@"))
 
 
+def rollouts_to(metrics: list[dict], level: float) -> float:
+    """Attempts until the evaluation first reaches `level`; all of them when it never does."""
+    first = next((row for row in metrics if row.get("eval/avg@1", 0) >= level), metrics[-1])
+    return first["step"] * 32
+
+
 def tune(command: str) -> str:
     """The command with its learning rate chosen on seed 0."""
     grid = re.search(r"{([^{}]*\|[^{}]*)}", command)
@@ -76,14 +91,20 @@ def tune(command: str) -> str:
 
 
 def table(claim: str) -> str:
-    sets = {"new skill": "eval", "prior": "eval/prior-eval", "add": "eval/add-eval"}
-    lines = [f"### {claim}", "", f"| | lr | {' | '.join(sets)} | seconds |", "|---|---|" + "---|" * (len(sets) + 1)]
+    columns = {"new skill": score, "prior": lambda m: score(m, "eval/prior-eval")}
+    if claim.startswith("sdft"):
+        columns["add"] = lambda m: score(m, "eval/add-eval")
+    else:
+        columns |= {f"attempts to {level}": lambda m, level=level: rollouts_to(m, level) for level in (0.8, 0.9, 0.95)}
+    columns["seconds"] = lambda m: sum(v for row in m for k, v in row.items() if re.match("time/(generate|teacher|student|optim)", k))
+    lines = [f"### {claim}", "", f"| | lr | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for label, command in CLAIMS[claim].items():
         chosen = tune(command)
         runs = [run(chosen.format(seed=s), folder(chosen.format(seed=s))) for s in SEEDS]
-        cells = [f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in ([score(m, name) for m in runs] for name in sets.values())]
-        seconds = statistics.mean(sum(v for row in m for k, v in row.items() if re.match("time/(generate|teacher|student|optim)", k)) for m in runs)
-        lines.append(f"| {label} | {re.search('--lr ([^ ]+)', chosen)[1]} | {' | '.join(cells)} | {seconds:.0f} |")
+        values = [[measure(m) for m in runs] for measure in columns.values()]
+        digits = lambda x: f"{x:.2f}" if abs(x) < 2 else f"{x:.0f}"
+        cells = [f"{digits(statistics.mean(v))} ± {digits(statistics.stdev(v))}" for v in values]
+        lines.append(f"| {label} | {re.search('--lr ([^ ]+)', chosen)[1]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -47,6 +47,8 @@ def test_system_message_and_earlier_turns_stay_and_braces_survive():
 def test_an_explicit_teacher_prompt_replaces_the_template():
     r = to_training_row({"prompt": "zig:1", "teacher_prompt": "rev:1"})
     assert teacher_messages(r, "unused {prompt}") == as_messages("rev:1")
+    with pytest.raises(InputError, match="f:1: no 'privileged_context' in this row; --method sft"):
+        tokenize([{**r, "where": "f:1"}], toy.make_tokenizer(), Args(method="sft"))
 
 
 def test_chat_kwargs_are_each_sides_own():
