@@ -109,6 +109,7 @@ class Run:
         self.main = self.rank == 0
         self.times: dict[str, float] = {}
         self.began, self.tokens, self.stopped, self.bar, self.wandb = time.time(), 0.0, False, None, None
+        self.skipped = 0                                     # updates in a row whose gradient was not finite
 
     def sum(self, **parts: float) -> dict[str, float]:
         """Adds each number over all ranks, in one call. Means are made of sums and counts, never of means."""
@@ -1033,7 +1034,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, run: Run) -> flo
         if run.world > 1:
             dist.all_reduce(p.grad)                          # a sum: the loss was already divided by the global count
     norm = nn.utils.clip_grad_norm_(params, run.args.grad_clip or math.inf).item()
-    run.skipped = 0 if math.isfinite(norm) else getattr(run, "skipped", 0) + 1
+    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     if math.isfinite(norm):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
