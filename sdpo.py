@@ -359,7 +359,7 @@ def main(args: Args) -> None:
         return run.say(f"student reads: {tokenizer.decode(row['prompt_ids'])}\nteacher reads: {tokenizer.decode(shown)}")
 
     student = load_model(args.model, run, args.lora_rank)
-    teacher = Teacher(args.teacher, args.ema_rate, student, run)
+    teacher = Teacher(args.teacher if args.policy_weight < 1 else "live", args.ema_rate, student, run)      # GRPO alone keeps no second model
     initial = Teacher("base", 0.0, student, run) if args.kl_coef else None
     sampler, pool = Sampler(tokenizer, student, args), ThreadPoolExecutor(8)
     optimizer = make_optimizer(student, args)

@@ -218,7 +218,7 @@ def test_scored_pairs_belong_together(tiny, tmp_path, judge, monkeypatch):
 def test_grpo_alone_asks_no_teacher(tiny, tmp_path, judge, monkeypatch):
     monkeypatch.setattr(Teacher, "targets", lambda self, pairs: pytest.fail("a teacher was asked"))
     rows = run_here("sdpo", tmp_path / "r", tiny, f"{judge} --policy-weight 1")
-    assert all(r["train/grad_norm"] > 0 for r in rows[1:])
+    assert all(r["train/grad_norm"] > 0 and r["teacher/distance"] == 0 for r in rows[1:])
 
 
 def test_a_step_without_a_signal_costs_no_forward_and_changes_nothing(tiny, tmp_path, monkeypatch, capsys):
