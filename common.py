@@ -447,14 +447,12 @@ def load_rows(source: str, convert: Callable[[dict], dict] = lambda row: row) ->
         name, _, config = name.partition(":")
         import datasets
         try:
-            raws = list(datasets.load_dataset(name, config or None, split=split or "train"))
+            raws = list(enumerate(datasets.load_dataset(name, config or None, split=split or "train"), 1))
         except Exception as error:
             raise InputError(f"--data {source}: neither a file nor a folder here, and the hub gave no data set of that name "
                              f"({first_line(error)})") from error
     rows = []
-    for i, raw in enumerate(raws, 1):
-        if not raw:                                          # a blank line
-            continue
+    for i, raw in raws:
         where = f"{path.name}:{i}"
         try:
             if not isinstance(raw, dict):
@@ -469,23 +467,24 @@ def load_rows(source: str, convert: Callable[[dict], dict] = lambda row: row) ->
     return rows
 
 
-def read_file(path: Path) -> list[dict]:
+def read_file(path: Path) -> list[tuple[int, Any]]:
+    """(place, row): lines are counted as an editor counts them, blank ones passed over."""
     if not path.exists():
         raise InputError(f"{path}: no such file; --data takes a JSONL, JSON or parquet file, a save_to_disk folder or a hub id")
     if path.is_dir():
         import datasets
         data = datasets.load_from_disk(str(path))
-        return list(data["train"] if isinstance(data, datasets.DatasetDict) else data)
+        return list(enumerate(data["train"] if isinstance(data, datasets.DatasetDict) else data, 1))
     if path.suffix == ".parquet":
         import pyarrow.parquet
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
     raws, texts = [], [path.read_text()] if path.suffix == ".json" else path.read_text().split("\n")
     for i, text in enumerate(texts, 1):
         try:
-            raws.append(json.loads(text) if text.strip() else {})
+            raws += [(i, json.loads(text))] if text.strip() else []
         except json.JSONDecodeError as error:
             raise InputError(f"{path.name}:{i}: not JSON ({error.msg} at column {error.colno}); each line is one JSON object") from error
-    return raws[0] if path.suffix == ".json" and isinstance(raws[0], list) else raws
+    return list(enumerate(raws[0][1], 1)) if path.suffix == ".json" and raws and isinstance(raws[0][1], list) else raws
 
 
 def as_messages(prompt: str | list[dict]) -> list[dict]:
@@ -691,6 +690,9 @@ def on_completions(model: nn.Module, pairs: list[tuple[list[int], list[int]]], a
         return fn(h_BLD[row, col], head_of(model))
 
 
+HOLDS_A_COPY = ("base", "ema", "trust_region")               # teachers that begin as the student and keep weights of their own
+
+
 class Teacher:
     """Scores the student's tokens; never receives a gradient.
 
@@ -706,7 +708,7 @@ class Teacher:
         self.kind, self.rate, self.student, self.args = kind, rate, student, run.args
         if kind == "live":
             self.model = student
-        elif kind in ("base", "ema", "trust_region"):
+        elif kind in HOLDS_A_COPY:
             frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
             self.model = copy.deepcopy(student, frozen).requires_grad_(False)
         else:
@@ -732,13 +734,13 @@ class Teacher:
     @torch.no_grad()
     def distance(self) -> float:
         """|teacher - student| / |student| over the trained weights; 0 for a live teacher."""
-        if self.kind not in ("base", "ema", "trust_region"):
+        if self.kind not in HOLDS_A_COPY:
             return 0.0
         gap, size = zip(*[((t - s).square().sum(), s.square().sum()) for t, s in self.pairs()])
         return (sum(gap) / sum(size)).sqrt().item()
 
     def state(self) -> list[Tensor]:
-        return [t.data for t, _ in self.pairs()] if self.kind in ("base", "ema", "trust_region") else []
+        return [t.data for t, _ in self.pairs()] if self.kind in HOLDS_A_COPY else []
 
     def load(self, state: list[Tensor]) -> None:
         for (t, _), saved in zip(self.pairs() if state else [], state, strict=True):

@@ -9,7 +9,7 @@ Data   JSON lines with "prompt" (text or chat messages) and "privileged_context"
        "teacher_prompt"; evaluation rows have "prompt" and "answer". ToolAlpaca, SciKnowEval and medical-o1 rows are mapped.
 Run    python sdft.py                                              # the laptop world: CPU, no download, minutes
        torchrun --nproc-per-node 8 sdft.py --preset tooluse --data FOLDER
-       python sdft.py --method sft --lr 3e-4 --out runs/sft-toy    # the baseline
+       python sdft.py --method sft --lr 3e-4 --verifier toy:lenient --out runs/sft-toy    # the baseline; it takes over the foreign style
 Differs from the paper: D is the forward KL, which the authors say all published results used (Eq. 1 is written with the
 reverse; --divergence reverse_kl). From the authors' code: weights and the EMA teacher are fp32 (in bf16 an EMA of rate .01
 hardly moves); an over-long prompt is an error, not cut; answers without a loss token leave the denominator.

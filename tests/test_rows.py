@@ -51,6 +51,13 @@ def test_blank_lines_are_passed_over_but_counted(tmp_path):
     assert [(row["prompt"], row["where"]) for row in load_rows(str(tmp_path / "rows.jsonl"))] == [("a", "rows.jsonl:1"), ("b", "rows.jsonl:3")]
 
 
+@pytest.mark.parametrize("line, message", [("{}", "rows.jsonl:3: no 'prompt'"), ("null", "rows.jsonl:3: expected a JSON object"), ("[]", "rows.jsonl:3: expected")])
+def test_an_empty_row_is_no_blank_line(line, message, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n\n' + line + "\n")
+    with pytest.raises(InputError, match=message):
+        load_rows(str(tmp_path / "rows.jsonl"), to_row)
+
+
 def test_a_missing_source_says_what_would_work(tmp_path):
     with pytest.raises(InputError, match="no --data given"):
         load_rows("")
