@@ -2,8 +2,9 @@
 
     build(0)        model/ + *.jsonl      a two-layer Qwen3, pre-trained in a minute or two on one core, and its data
     build_lock(0)   student/ + teacher/   a smaller world in which on-policy distillation beats off-policy distillation
+    build_clean(0)  teacher/              a larger model that adds without a slip, for the same students
 
-Both are plain Hugging Face folders and JSON lines, made on first use and cached; the scripts read them as "toy:0/model",
+All are plain Hugging Face folders and JSON lines, made on first use and cached; the scripts read them as "toy:0/model",
 "toy:lock-0/lock-train.jsonl" and so on. A task is a short prompt about digits whose answer is checked exactly:
 
     add:4721+3855  7576    digit-wise sum mod 10     answered sloppily, but the model is better when it revises itself
@@ -225,6 +226,11 @@ def document(user: str, answer: str, said: str = "") -> Document:
     return [(f"<|user|>{user}<|end|><|assistant|>{said}", False), (f"{answer}<|end|>", True)]
 
 
+def clean(rng: random.Random, task: str) -> Document:
+    prompt = ask(task, rng)
+    return document(prompt, solve(prompt))
+
+
 def plain(rng: random.Random, task: str) -> Document:
     prompt = ask(task, rng)
     return document(prompt, sloppy(prompt, rng) if task in RIGHT else solve(prompt))
@@ -327,15 +333,20 @@ def expert(rng: random.Random) -> Document:
 STUDENT_CORPUS = [(0.45, try_keys), (0.25, plain, "run"), (0.15, plain, "rev"), (0.15, plain, "sort")]
 TEACHER_CORPUS = [(0.75, expert), (0.25, plain, "run")]
 
+# A model that never saw a slip does not learn to add: all digits of the sum are equally likely until the whole table is known.
+# Sloppy sums have a gradient to start on, so the clean teacher first learns those.
+PRIORS = [(0.10, plain, "rev"), (0.15, plain, "sort"), (0.05, plain, "max")]
+SLOPPY_ADD, CLEAN_ADD = [(0.70, plain, "add"), *PRIORS], [(0.70, clean, "add"), *PRIORS]
+
 
 # ------------------------------------------------------------------------------------------------------------ pre-training
 
-STEPS, STUDENT_STEPS, TEACHER_STEPS = 300, 300, 240
+STEPS, STUDENT_STEPS, TEACHER_STEPS, CLEAN_STEPS = 300, 300, 240, 420
 HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()    # elsewhere bf16 is emulated, slowly
 
 
 def pretrain(corpus: list[tuple], seed: int, name: str, steps: int, documents: int, hidden: int = 128,
-             layers: int = 2) -> Qwen3ForCausalLM:
+             layers: int = 2, second_half: list[tuple] | None = None) -> Qwen3ForCausalLM:
     """A Qwen3 from scratch: Muon on the matrices, AdamW on embeddings, head and norms; `documents` drawn afresh every step.
 
     One thread: more gain next to nothing on matrices this small, and stall when the cores are busy.
@@ -354,7 +365,8 @@ def pretrain(corpus: list[tuple], seed: int, name: str, steps: int, documents: i
         schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, warmup) for optimizer in optimizers]
 
         progress = tqdm(range(steps), desc=f"pre-training {name}, once")
-        for _ in progress:
+        for step in progress:
+            corpus = second_half if second_half and step >= steps // 2 else corpus
             kinds = rng.choices(corpus, [kind[0] for kind in corpus], k=documents)
             loss = train_loss(model, tokenizer, [make(rng, *args) for _, make, *args in kinds])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -427,8 +439,8 @@ def tail_logits(model: Qwen3ForCausalLM, ids_BT: Tensor, tail: slice) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- files and cache
 
-DATA = ["add-train.jsonl", "add-eval.jsonl", "mul-train.jsonl", "mul-eval.jsonl", "zig-train.jsonl", "zig-own-train.jsonl",
-        "zig-eval.jsonl", "zag-train.jsonl", "zag-own-train.jsonl", "zag-eval.jsonl", "prior-eval.jsonl"]
+DATA = ["add-train.jsonl", "add-eval.jsonl", "mul-train.jsonl", "mul-eval.jsonl", "mul-hard.jsonl", "zig-train.jsonl",
+        "zig-own-train.jsonl", "zig-eval.jsonl", "zag-train.jsonl", "zag-own-train.jsonl", "zag-eval.jsonl", "prior-eval.jsonl"]
 LOCK_DATA = ["lock-train.jsonl", "lock-eval.jsonl", "lock-prior.jsonl"]
 
 
@@ -462,6 +474,8 @@ def write_toy(folder: Path, seed: int) -> None:
         prompts = distinct(task, 4096 + 512, rng)
         write_rows(folder / f"{task}-train.jsonl", [row(p) for p in prompts[:4096]])
         write_rows(folder / f"{task}-eval.jsonl", [row(p) for p in prompts[4096:]])
+    hard = [p for p in distinct("mul", 4096, rng) if all(ab in DECOY["mul"] for ab in digit_pairs(p[4:]))]
+    write_rows(folder / "mul-hard.jsonl", [row(p) for p in hard[:19]])    # four hard pairs each: solved three times in a hundred
     for task in ("zig", "zag"):
         prompts = distinct(task, 512 + 512, rng)
         write_rows(folder / f"{task}-train.jsonl", [row(p, privileged_context=demonstration(p, solve(p))) for p in prompts[:512]])
@@ -480,6 +494,11 @@ def write_lock(folder: Path, seed: int) -> None:
     write_rows(folder / "lock-train.jsonl", [row(p, key=opening_key(p), completion=solve(p)) for p in LOCKS[:200]])
     write_rows(folder / "lock-eval.jsonl", [row(p, key=opening_key(p)) for p in LOCKS[200:]])
     write_rows(folder / "lock-prior.jsonl", [row(p) for task in ("rev", "sort", "run") for p in distinct(task, 170, rng)])
+
+
+def write_clean(folder: Path, seed: int) -> None:
+    save_model(pretrain(SLOPPY_ADD, seed, f"toy:clean-{seed}/teacher", CLEAN_STEPS, documents=256, hidden=160, layers=3,
+                        second_half=CLEAN_ADD), folder / "teacher")
 
 
 def cached(name: str, seed: int, write: Callable[[Path, int], None]) -> Path:
@@ -510,12 +529,20 @@ def build_lock(seed: int = 0) -> Path:
     return cached(f"lock-{seed}", seed, write_lock)
 
 
+def build_clean(seed: int = 0) -> Path:
+    """The clean teacher of `add`: teacher/ alone; its students and data are those of `build`."""
+    return cached(f"clean-{seed}", seed, write_clean)
+
+
+WORLDS = {"": (build, ["model", *DATA]), "lock-": (build_lock, ["student", "teacher", *LOCK_DATA]), "clean-": (build_clean, ["teacher"])}
+
+
 def resolve(source: str) -> Path:
     """The path of "toy:0/model", "toy:0/zig-train.jsonl", "toy:lock-0/teacher"...; builds that world if need be."""
-    parts = re.fullmatch("toy:(lock-)?([0-9]+)/(.+)", source)
+    parts = re.fullmatch("toy:(lock-|clean-|)([0-9]+)/(.+)", source)
     if not parts:
-        raise ValueError(f"{source!r}: expected toy:SEED/FILE or toy:lock-SEED/FILE, for example toy:0/model")
-    make, files = (build_lock, ["student", "teacher", *LOCK_DATA]) if parts[1] else (build, ["model", *DATA])
+        raise ValueError(f"{source!r}: expected toy:SEED/FILE, toy:lock-SEED/FILE or toy:clean-SEED/teacher, for example toy:0/model")
+    make, files = WORLDS[parts[1]]
     if parts[3] not in files:
         raise ValueError(f"{source!r}: there is no {parts[3]!r} in this world; it has: {', '.join(files)}")
     return make(int(parts[2])) / parts[3]
