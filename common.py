@@ -41,6 +41,7 @@ import tempfile
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple, get_args
 
@@ -108,7 +109,7 @@ class Run:
         self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         self.main = self.rank == 0
         self.times: dict[str, float] = {}
-        self.began, self.tokens, self.stopped, self.bar, self.wandb = time.time(), 0.0, False, None, None
+        self.began, self.tokens, self.seconds, self.stopped, self.bar, self.wandb = time.time(), 0.0, 0.0, False, None, None
         self.skipped = 0                                     # updates in a row whose gradient was not finite
 
     def sum(self, **parts: float) -> dict[str, float]:
@@ -118,13 +119,13 @@ class Run:
             dist.all_reduce(values)
         return dict(zip(parts, values.tolist()))
 
-    def gather(self, values: list[float]) -> list[float]:
-        """The numbers of all ranks, laid end to end."""
+    def gather(self, values: list) -> list:
+        """The lists of all ranks, laid end to end."""
         if self.world == 1:
             return values
         parts: list[Any] = [None] * self.world
-        dist.all_gather_object(parts, np.asarray(values))
-        return np.concatenate(parts).tolist()
+        dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
 
     def stop_requested(self) -> bool:
         """True on every rank at once after any of them was told to stop (SIGTERM, Ctrl-C)."""
@@ -142,7 +143,8 @@ class Run:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Writes global numbers of this step to metrics.jsonl, wandb and the progress bar."""
         seconds = sum(v for k, v in self.times.items() if k != "eval")
-        metrics = {"step": step, **metrics, **{f"time/{k}": v for k, v in self.times.items()}}
+        self.seconds += seconds
+        metrics = {"step": step, **metrics, **{f"time/{k}": v for k, v in self.times.items()}, "time/train": self.seconds}
         if metrics.get("train/tokens") and seconds:
             self.tokens += metrics["train/tokens"]
             metrics["time/tokens_per_s"] = metrics["train/tokens"] / seconds
@@ -164,8 +166,11 @@ class Run:
             sys.stdout.flush()
 
 
-def start(args: Any) -> Run:
-    """Process group from torchrun's environment (none without it), output folder, config.json, signal handlers."""
+def start(args: Any, even: bool = True) -> Run:
+    """Process group from torchrun's environment (none without it), output folder, config.json, signal handlers.
+
+    `even`: every process takes the same number of the step's prompts.
+    """
     run = Run(args)
     if run.device.type == "cuda":
         torch.cuda.set_device(run.device)
@@ -177,7 +182,7 @@ def start(args: Any) -> Run:
     config = {"args": dataclasses.asdict(args), "world": run.world, "command": shlex.join(sys.argv), "commit": git_commit(),
               "versions": {m.__name__: m.__version__ for m in (torch, np, transformers)}}
     below = args.prompts_per_step // run.world * run.world
-    if below != args.prompts_per_step:
+    if even and below != args.prompts_per_step:
         raise InputError(f"--prompts-per-step {args.prompts_per_step} cannot be shared equally by {run.world} processes; "
                          f"{below or run.world} or {below + run.world} can")
     if not args.dry_run:
@@ -435,10 +440,12 @@ def load_rows(source: str, convert: Callable[[dict], dict] = lambda row: row) ->
     """Rows of a JSONL, JSON or parquet file, a `save_to_disk` folder, or a hub id `name:config@split`, through `convert`.
 
     Each row carries its place in the file, as `id` (17) and `where` ("train.jsonl:17"). `convert` maps a data set's columns to
-    ours and raises KeyError with the missing column's name.
+    ours, raises KeyError with the missing column's name, and gives None for a row that the paper's filter leaves out. With
+    `#train` or `#test` behind the source, the rows are that part of `datasets`' train_test_split(test_size=0.1, seed=42).
     """
     if not source:
         raise InputError("no --data given; it takes a JSONL, JSON or parquet file, a save_to_disk folder, or a hub id as name:config@split")
+    source, part = source.rsplit("#", 1) if source.endswith(("#train", "#test")) else (source, "")
     path, split = Path(find(source)), "train"
     if source.startswith("toy:") or path.exists() or path.suffix in (".jsonl", ".json", ".parquet"):
         raws = read_file(path)
@@ -457,13 +464,18 @@ def load_rows(source: str, convert: Callable[[dict], dict] = lambda row: row) ->
         try:
             if not isinstance(raw, dict):
                 raise ValueError(f"expected a JSON object with named columns, found {type(raw).__name__}")
-            rows.append({**convert(raw), "id": i, "where": where})
+            if (row := convert(raw)) is not None:
+                rows.append({**row, "id": i, "where": where})
         except KeyError as error:
             raise InputError(f"{where}: no {error} in this row (it has: {', '.join(raw)}); --help says which columns are read") from error
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
     if not rows:
-        raise InputError(f"{source}: no rows in it; each line is one JSON object such as {{\"prompt\": ...}}")
+        raise InputError(f"{source}: no rows in it{' after the filter of its data set' if raws else ''}; each line is one JSON object such as "
+                         '{"prompt": ...}')
+    if part:
+        import datasets
+        rows = [rows[i] for i in datasets.Dataset.from_dict({"i": range(len(rows))}).train_test_split(test_size=0.1, seed=42)[part]["i"]]
     return rows
 
 
@@ -513,8 +525,13 @@ A
 """
 
 
-def sciknoweval_row(raw: dict, suffix: str = "") -> dict:
-    """A raw SciKnowEval row (question, choices {text, label}, answerKey) as system and user message, and the letter."""
+def sciknoweval_row(raw: dict, suffix: str = "") -> dict | None:
+    """A raw SciKnowEval row (question, choices {text, label}, answerKey) as system and user message, and the letter.
+
+    The papers' filter: level L3, two or four options; other rows are left out.
+    """
+    if raw["details"]["level"] != "L3" or raw["type"] not in ("mcq-4-choices", "mcq-2-choices"):
+        return None
     options = "\n".join(f"{label}: {text}" for label, text in zip(raw["choices"]["label"], raw["choices"]["text"], strict=True))
     messages = [{"role": "system", "content": SCIENCE_SYSTEM}, {"role": "user", "content": f"{raw['question']}\n\n{options}{suffix}"}]
     return {"prompt": messages, "answer": raw["answerKey"]}
@@ -539,11 +556,15 @@ def fit(ids: list[int], limit: int, flag: str, where: str, drop: bool) -> bool:
     raise InputError(f"{where}: {len(ids)} tokens, over {flag} {limit}; raise {flag} or add --drop-long to leave such rows out")
 
 
-def batch_rows(rows: list[dict], step: int, per_step: int, run: Run, seed: int) -> list[dict]:
-    """This rank's share of the step's `per_step` rows: epochs of seeded permutations laid end to end, cut into steps."""
+def step_rows(rows: list[dict], step: int, per_step: int, seed: int) -> list[dict]:
+    """The step's `per_step` rows: epochs of seeded permutations laid end to end, cut into steps."""
     ids = range((step - 1) * per_step, step * per_step)
-    chosen = [rows[epoch_order(len(rows), seed, i // len(rows))[i % len(rows)]] for i in ids]
-    return chosen[run.rank::run.world]
+    return [rows[epoch_order(len(rows), seed, i // len(rows))[i % len(rows)]] for i in ids]
+
+
+def batch_rows(rows: list[dict], step: int, per_step: int, run: Run, seed: int) -> list[dict]:
+    """This rank's share of them."""
+    return step_rows(rows, step, per_step, seed)[run.rank::run.world]
 
 
 @functools.lru_cache(maxsize=4)
@@ -573,16 +594,22 @@ class Sampler:
     def __call__(self, model: nn.Module, prompts: list[list[int]], rows: list[int], n: int, stream: tuple[int, ...], *,
                  temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[list[Rollout]]:
         """`n` rollouts for each prompt (token ids); `rows` and `stream` name their random numbers. temperature 0 = greedy."""
+        drawn = self.each(model, [prompt for prompt in prompts for _ in range(n)], [(row, s) for row in rows for s in range(n)], stream,
+                          temperature=temperature, top_p=top_p, top_k=top_k)
+        return [drawn[i:i + n] for i in range(0, len(drawn), n)]
+
+    def each(self, model: nn.Module, prompts: list[list[int]], keys: list[tuple[int, int]], stream: tuple[int, ...], *,
+             temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Rollout]:
+        """One rollout for each prompt; `keys` are (row, sample), of which any process may draw any."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))        # alike lengths together: little padding
-        jobs = [(i, s) for i in order for s in range(n)]
-        out: list[list[Any]] = [[None] * n for _ in prompts]
+        out: list[Any] = [None] * len(prompts)
         with torch.inference_mode(), compute_dtype(model, self.args):
-            for lo in range(0, len(jobs), self.args.sample_batch):
-                part = jobs[lo:lo + self.args.sample_batch]
-                noise = np.stack([uniforms((self.args.seed, *stream, rows[i], s), self.args.max_completion_tokens) for i, s in part])
-                drawn = decode(model, [prompts[i] for i, _ in part], torch.from_numpy(noise), self.eos, temperature, top_p, top_k)
-                for (i, s), rollout in zip(part, drawn, strict=True):
-                    out[i][s] = rollout
+            for lo in range(0, len(order), self.args.sample_batch):
+                part = order[lo:lo + self.args.sample_batch]
+                noise = np.stack([uniforms((self.args.seed, *stream, *keys[i]), self.args.max_completion_tokens) for i in part])
+                drawn = decode(model, [prompts[i] for i in part], torch.from_numpy(noise), self.eos, temperature, top_p, top_k)
+                for i, rollout in zip(part, drawn, strict=True):
+                    out[i] = rollout
         return out
 
 
@@ -761,7 +788,7 @@ BLOCK = {"cpu": 2**18, "cuda": 2**24}  # logits whose temporaries are alive at o
 def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, Head]], y_N: Tensor, weight_N: Tensor, *,
                  divergence: Divergence = "forward_kl", beta: float = 0.5, support: Support = "full", topk: int = 100,
                  tail: bool = True, temperature: float = 1.0, behaviour_logp_N: Tensor | None = None,
-                 is_cap: float = 0.0, chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
+                 is_cap: float = 0.0, clip: float = 0.0, chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
     """sum_n weight_n ratio_n D_n (a sum: the caller divides, once) and detached statistics [N] of every token.
 
     D      divergence of the student's next-token distribution p and the teacher's q, see `_divergence`
@@ -771,6 +798,7 @@ def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, He
            bucket (tail) or dropped and both sides renormalised | sampled: log p(y) - log q(y), reverse KL only
     ratio  min(p(y) / p_behaviour(y), is_cap), a constant; 1 without behaviour_logp_N, no cap at 0
     temperature  divides the logits of both sides, in every term and statistic; there is no T^2 in front
+    clip   reverse KL: log p - log q of each token or bucket, an advantage there, is clamped to +-clip; no clamp at 0
     Tokens of weight 0 are not projected: no cost, no gradient, statistics 0.
     """
     V = head.weight.shape[0]
@@ -780,6 +808,8 @@ def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, He
     if support == "sampled" and divergence != "reverse_kl":
         raise ValueError(f"support 'sampled' estimates the reverse KL from the student's own tokens, not {divergence}: "
                          "choose divergence reverse_kl, or support full, student_topk or teacher_topk")
+    if clip and divergence != "reverse_kl":
+        raise ValueError(f"clip {clip}: it clamps the log-ratio of the reverse KL, not of {divergence}; choose divergence reverse_kl, or clip 0")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta {beta}: a share of the teacher (jsd) or of the forward KL (mixed), from 0 to 1")
     if support.endswith("topk") and not 1 <= topk <= V:
@@ -799,13 +829,13 @@ def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, He
 
         mass_p = mass_q = one
         if support == "full":
-            D, grad = _divergence(log_p, p, log_q, t.softmax(-1), divergence, beta)
+            D, grad = _divergence(log_p, p, log_q, t.softmax(-1), divergence, beta, clip)
         elif support == "sampled":                       # the log-ratio is an advantage: differentiated itself, it has mean 0
-            D = logp - teacher_logp
+            D = _clipped(logp - teacher_logp, clip)
             grad = D.unsqueeze(-1) * _d_logp(p, y)
         else:
             kept = (z if support == "student_topk" else t).topk(topk, sorted=False).indices
-            D, grad, mass_p, mass_q = _divergence_on(kept, log_p, log_q, divergence, beta, tail)
+            D, grad, mass_p, mass_q = _divergence_on(kept, log_p, log_q, divergence, beta, tail, clip)
 
         factor = (weight_N[n] * ratio).to(z.dtype)
         entropy = -(p * log_p).sum(-1)
@@ -843,11 +873,11 @@ def token_stats(h_ND: Tensor, head: Head, y_N: Tensor, *, temperature: float = 1
     return stats["logp"], stats["entropy"]
 
 
-def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, kind: Divergence, beta: float) -> tuple[Tensor, Tensor]:
+def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, kind: Divergence, beta: float, clip: float) -> tuple[Tensor, Tensor]:
     """D(student p, teacher q) over the last dimension and dD/dz, z the student's logits, p = softmax(z).
 
     forward_kl  KL(q||p)                                            p - q
-    reverse_kl  KL(p||q)                                            p (log p - log q - D)
+    reverse_kl  KL(p||q)                                            p (log p - log q - D), the log-ratio clamped by clip
     jsd         beta KL(q||m) + (1-beta) KL(p||m)                   (1-beta) p (r - p.r),  r = log p - log m
                 with m = (1-beta) p + beta q; 0, not a KL, at beta = 0 and 1
     mixed       beta KL(q||p) + (1-beta) KL(p||q)                   the same mixture of the first two
@@ -856,7 +886,7 @@ def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, kind: Diverg
         case "forward_kl":
             return (q * (log_q - log_p)).sum(-1), p - q
         case "reverse_kl":
-            pr = p * (log_p - log_q)
+            pr = p * _clipped(log_p - log_q, clip)
             D = pr.sum(-1)
             return D, torch.addcmul(pr, p, D.unsqueeze(-1), value=-1)
         case "jsd":
@@ -866,12 +896,12 @@ def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, kind: Diverg
             D = beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * kl_pm
             return D, torch.addcmul(pr, p, kl_pm.unsqueeze(-1), value=-1).mul_(1 - beta)
         case "mixed":
-            forward, reverse = (_divergence(log_p, p, log_q, q, kl, beta) for kl in ("forward_kl", "reverse_kl"))
+            forward, reverse = (_divergence(log_p, p, log_q, q, kl, beta, 0) for kl in ("forward_kl", "reverse_kl"))
             return torch.lerp(reverse[0], forward[0], beta), torch.lerp(reverse[1], forward[1], beta)
 
 
 def _divergence_on(kept: Tensor, log_p: Tensor, log_q: Tensor, kind: Divergence, beta: float,
-                   tail: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                   tail: bool, clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_divergence` on the kept tokens, plus one bucket for all the others (tail) or renormalised; and the masses kept.
 
     The bucket's log-mass is summed over its tokens (1 - kept would cancel); its gradient is the softmax among them.
@@ -884,13 +914,17 @@ def _divergence_on(kept: Tensor, log_p: Tensor, log_q: Tensor, kind: Divergence,
         log_qK = torch.cat([log_qK, outside_q.logsumexp(-1, keepdim=True)], -1)
     else:
         log_pK, log_qK = log_pK.log_softmax(-1), log_qK.log_softmax(-1)
-    D, grad_K = _divergence(log_pK, log_pK.exp(), log_qK, log_qK.exp(), kind, beta)
+    D, grad_K = _divergence(log_pK, log_pK.exp(), log_qK, log_qK.exp(), kind, beta, clip)
     grad = outside_p.softmax(-1).mul_(grad_K[:, K:]) if tail else torch.zeros_like(log_p)
     return D, grad.scatter_(-1, kept, grad_K[:, :K]), mass_p, mass_q
 
 
 def _cooled(z: Tensor, temperature: float) -> Tensor:
     return z if temperature == 1.0 else z / temperature
+
+
+def _clipped(log_ratio: Tensor, clip: float) -> Tensor:
+    return log_ratio.clamp(-clip, clip) if clip else log_ratio
 
 
 def _log_softmax(z: Tensor) -> Tensor:
@@ -1163,13 +1197,22 @@ def same_mathematics(gold: str, answer: str) -> bool:
     return verdict == b"1\n"
 
 
-def livecodebench_row(raw: dict) -> dict:
-    """A raw LiveCodeBench row as the prompt of the SDPO authors and the columns that `code` reads."""
+def livecodebench_row(raw: dict, half: bool = False) -> dict | None:
+    """A raw LiveCodeBench row as the prompt of the SDPO authors and the columns that `code` reads.
+
+    Contests outside the paper's window, February to April 2025, are left out. `half` of the private tests, drawn at random and at
+    least one, are what training sees; evaluation takes all.
+    """
+    if not "2025-02-01" <= str(raw["contest_date"])[:10] < "2025-05-01":
+        return None
+    private = private_tests(raw["private_test_cases"])
+    if half:
+        private = [private[i] for i in sorted(np.random.default_rng(0).permutation(len(private))[:max(1, len(private) // 2)])]
     signature = re.search(r"def .*", raw.get("starter_code") or "")
     prompt = CODE_PROMPT + raw["question_content"]
     if signature:
         prompt += CODE_SIGNATURE.replace("{signature}", signature[0].strip().replace("(self, ", "("))
-    cases = json.loads(raw["public_test_cases"]) + private_tests(raw["private_test_cases"])
+    cases = json.loads(raw["public_test_cases"]) + private
     return {"prompt": prompt, "tests": {
         "inputs": [case["input"] for case in cases], "outputs": [case["output"] for case in cases], "testtype": cases[0]["testtype"],
         "fn_name": json.loads(raw.get("metadata") or "{}").get("func_name"), "time_limit": 6}}
@@ -1440,6 +1483,12 @@ def load_verifier(name: str) -> Callable[[str, dict], tuple[float, str]]:
     return verified
 
 
+def grade(verify: Callable[[str, dict], tuple[float, str]], completions: list[tuple[str, dict]]) -> list[tuple[float, str]]:
+    """(reward, feedback) of each (completion, row), eight at a time: the slow verifiers wait for processes of their own."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda pair: verify(*pair), completions))
+
+
 # ---------------------------------------------------------------- Checkpoints: written aside and renamed
 
 
@@ -1449,7 +1498,8 @@ def save_checkpoint(run: Run, step: int, student: nn.Module, teacher: Teacher | 
         folder = run.out / "checkpoints"
         folder.mkdir(exist_ok=True)
         state = {"step": step, "student": [p.data for p in student.parameters() if p.requires_grad], "score": score,
-                 "teacher": teacher.state() if teacher else [], "optimizer": optimizer.state_dict(), "tokens": run.tokens}
+                 "teacher": teacher.state() if teacher else [], "optimizer": optimizer.state_dict(), "tokens": run.tokens,
+                 "seconds": run.seconds}
         aside = folder / ".aside.pt"
         torch.save(state, aside)
         aside.rename(folder / f"step-{step:08d}.pt")
@@ -1470,7 +1520,7 @@ def load_checkpoint(run: Run, student: nn.Module, teacher: Teacher | None, optim
     if teacher:
         teacher.load(state["teacher"])
     optimizer.load_state_dict(state["optimizer"])
-    run.tokens = state["tokens"]
+    run.tokens, run.seconds = state["tokens"], state["seconds"]
     if run.main:                                             # what was logged after the checkpoint will be logged again
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in read_jsonl(run.out / name) if row["step"] <= state["step"]]
@@ -1482,7 +1532,7 @@ def load_checkpoint(run: Run, student: nn.Module, teacher: Teacher | None, optim
 
 # ---------------------------------------------------------------- Evaluation: its own seed, the same prompts every time
 
-EVAL_STREAM, TRAIN_STREAM = 0, 1                             # two families of random numbers that never meet
+EVAL_STREAM, TRAIN_STREAM, TEACHER_STREAM = 0, 1, 2          # families of random numbers that never meet
 
 
 def load_evals(sources: tuple[str, ...], convert: Callable, tokenizer: Any, args: Any) -> dict[str, list[dict]]:
@@ -1513,7 +1563,8 @@ def evaluate(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, evals
             groups = sampler(model, [row["prompt_ids"] for row in mine], [row["id"] for row in mine], n, (EVAL_STREAM, place),
                              temperature=args.eval_temperature, top_p=args.eval_top_p)
             texts = [[tokenizer.decode(y.ids, skip_special_tokens=True) for y in group] for group in groups]
-            rewards = [[verify(text, row)[0] for text in group] for group, row in zip(texts, mine)]
+            marks = grade(verify, [(text, row) for group, row in zip(texts, mine) for text in group])
+            rewards = [[reward for reward, _ in marks[i:i + n]] for i in range(0, len(marks), n)]
             means = [sum(r) / n for r in rewards]
             t = run.sum(prompts=len(mine), x=sum(means), xx=sum(m * m for m in means), passed=sum(max(r) >= SOLVED for r in rewards),
                         tokens=sum(len(y.ids) for g in groups for y in g), cut=sum(not y.finished for g in groups for y in g))
@@ -1564,7 +1615,7 @@ def draw_curves(out: Path) -> None:
     rows = read_jsonl(out / "metrics.jsonl")
     keys = list(dict.fromkeys(k for row in rows for k in row))
     panels = {"evaluation": [k for k in keys if k.startswith("eval") and "/avg@" in k], "train/loss": ["train/loss"],
-              "distill/divergence": ["distill/divergence"], "rollout/reward": ["rollout/reward"], "rollout/length": ["rollout/length"]}
+              "distill/divergence": ["distill/divergence"], "reward": ["rollout/reward", "teacher/accuracy"], "rollout/length": ["rollout/length"]}
     panels = {title: [k for k in wanted if k in keys] for title, wanted in panels.items()}
     panels = {title: wanted for title, wanted in panels.items() if wanted}
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
@@ -1572,7 +1623,7 @@ def draw_curves(out: Path) -> None:
         for key in wanted:
             axis.plot(*zip(*[(row["step"], row[key]) for row in rows if key in row]), marker="o" if title == "evaluation" else None, ms=3, label=key)
         axis.set(title=title, xlabel="step")
-        if title == "evaluation":
+        if title in ("evaluation", "reward"):
             axis.set_ylim(-0.02, 1.02)
             axis.legend(fontsize=7, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
@@ -1586,7 +1637,7 @@ def explain(run: Run, tokenizer: Any, prompts: dict[str, list[int]], y_ids: list
 
     `stats` are those of a micro-batch in which this sample comes first.
     """
-    lines = [f"--- one answer of step 1 · {name}\n{tokenizer.decode(ids)}" for name, ids in prompts.items() if ids]
+    lines = [f"--- one answer · {name}\n{tokenizer.decode(ids)}" for name, ids in prompts.items() if ids]
     shown = {name: stats[name][:len(y_ids)].tolist() for name in ("logp", "teacher_logp", "divergence") if name in stats}
     lines.append(f"--- its tokens\n{'':>18}" + "".join(f"{name:>14}" for name in shown))
     bars = shown.get("divergence", [0.0] * len(y_ids))

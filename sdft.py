@@ -184,8 +184,11 @@ class Sample(NamedTuple):
     mask: list[bool]                                         # which tokens of y carry loss
 
 
-def to_row(raw: dict) -> dict:
-    """One data set's columns as ours: prompt, and whichever of privileged_context, teacher_prompt and answer it has."""
+def to_row(raw: dict) -> dict | None:
+    """One data set's columns as ours: prompt, and whichever of privileged_context, teacher_prompt and answer it has.
+
+    None: the paper leaves this row out.
+    """
     row = dict(raw)
     if "golden_response" in raw:                             # ToolAlpaca
         row |= {"privileged_context": "\n".join(raw["golden_response"]), "answer": raw["golden_answer"]}
@@ -194,14 +197,16 @@ def to_row(raw: dict) -> dict:
     elif "Complex_CoT" in raw:                               # medical-o1; both parts, because the template asks for the thinking
         row |= {"prompt": raw["Question"], "privileged_context": f"{raw['Complex_CoT']}\n\n{raw['Response']}"}
     elif "answerKey" in raw:
-        row |= sciknoweval_row(raw)
+        if (ours := sciknoweval_row(raw)) is None:
+            return None
+        row |= ours
     row["prompt"] = as_messages(row["prompt"])
     return row
 
 
-def to_training_row(raw: dict) -> dict:
+def to_training_row(raw: dict) -> dict | None:
     row = to_row(raw)
-    if "teacher_prompt" not in row and not str(row["privileged_context"] or "").strip():
+    if row and "teacher_prompt" not in row and not str(row["privileged_context"] or "").strip():
         raise ValueError("the privileged_context is empty; the teacher needs a demonstration")
     return row
 

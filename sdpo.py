@@ -9,6 +9,7 @@ Data   JSON lines with "prompt" and what the verifier wants, usually "answer"; "
 Run    python sdpo.py                                              # the laptop world: CPU, no download, minutes
        torchrun --nproc-per-node 4 sdpo.py --preset sciknoweval --data FILE --eval-data FILE
        python sdpo.py --policy-weight 1 --out runs/grpo-toy        # the baseline, GRPO
+       torchrun --nproc-per-node 4 sdpo.py --preset ttt --data FILE --question 7      # test time: one hard question, until it is solved
 Differs from the paper: an attempt is never its own solution (authors' code; Table 2 allows it), and the average is the code's:
 a mean over all sequences, those without a signal counting as zero (--average token: the paper's). From the code: an over-long
 teacher prompt loses the end of the solution, not of the prompt; one ratio student/sampler stands for the code's two.
@@ -16,27 +17,26 @@ teacher prompt loses the end of the solution, not of the prompt; one ratio stude
 
 from __future__ import annotations
 
+import json
 import math
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import (SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Sampler, Support, Teacher, as_messages, batch_rows, begin,
-                    chat_ids, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, livecodebench_row, load_checkpoint,
-                    load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain, on_completions,
-                    optimizer_step, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
+from common import (SOLVED, TEACHER_STREAM, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, Sampler, Support, Teacher, as_messages,
+                    begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, grade, launch, learning_rate, livecodebench_row,
+                    load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain,
+                    on_completions, optimizer_step, save_checkpoint, sciknoweval_row, start, step_rows, token_loss, token_stats)
 
 
 @dataclass
 class Args:
     preset: str = "toy"
-    """Where the other flags start from: toy, sciknoweval, tooluse, lcb. Any flag given beside it wins."""
+    """Where the other flags start from: toy, sciknoweval, tooluse, lcb, ttt. Any flag given beside it wins."""
 
     # The algorithm, in the paper's order and symbols.
     rollouts: int = 8
@@ -65,6 +65,8 @@ class Args:
     """K of a top-k support."""
     tail: bool = True
     """Top-k supports: one bucket holds the rest of the mass. --no-tail renormalises both sides on the K tokens."""
+    advantage_clip: float = 0.0
+    """reverse_kl: the log-ratio of student and teacher, the paper's advantage, counts up to +-this. 0 = no limit. 5 at test time."""
     entropy_quantile: float = 0.0
     """rho: of the step's loss tokens only this share, those where the student's entropy is highest, carry loss. 0 = all of
     them. The pass that finds them costs a student forward, about a third of the student's time."""
@@ -90,6 +92,11 @@ class Args:
     """GRPO: divide the advantage, reward minus group mean, by the group's standard deviation."""
     kl_coef: float = 0.0
     """Weight of KL(student || initial model) on the student's own prompt, token mean."""
+    question: int = 0
+    """Test-time training, section 5: train on this row of --data alone and stop at the first attempt that solves it. 0 = on all rows."""
+    search: Literal["sdpo", "best_of_k", "multi_turn"] = "sdpo"
+    """With --question: train, or a baseline without training: the initial model asked again and again, or shown the feedback on
+    all attempts so far (the oldest forgotten first, to fit --max-teacher-tokens; the paper: 32768, --rollouts 1)."""
 
     # Model and data.
     model: str = "Qwen/Qwen3-8B"
@@ -158,6 +165,9 @@ class Args:
     """Steps between evaluations; one before the first step and one after the last are always made."""
     eval_samples: int = 16
     """Answers per evaluation prompt: avg@n and pass@n."""
+    teacher_samples: int = 32
+    """teacher/accuracy, at step 1 and every evaluation: about this many of the batch's contexts, answered by the teacher. 0 = not
+    measured; nor is a trust_region, whose mixture is not one model to sample from."""
     eval_temperature: float = 0.6
     """Of evaluation; 0 = greedy."""
     eval_top_p: float = 0.95
@@ -186,16 +196,23 @@ PRESETS: dict[str, dict] = {
                 support="full", student_chat_kwargs={}, teacher_chat_kwargs={}, max_prompt_tokens=64, max_teacher_tokens=128,
                 max_completion_tokens=12, prompts_per_step=4, steps=100, lr=3e-4, warmup=5, weight_decay=0.0, adam_betas=(0.9, 0.95),
                 tokens_per_batch=8192, eval_every=10, eval_samples=1, eval_temperature=1.0, eval_top_p=1.0, seed=0),
-    # The authors' JSON lines, one domain a run: chemistry, physics, biology, material.
-    "sciknoweval": dict(verifier="choice", feedback_when="never"),
+    # One domain a run; this one is chemistry. The authors' JSON lines do as well: --data train.jsonl --eval-data test.jsonl.
+    "sciknoweval": dict(data="hicai-zju/SciKnowEval:Chemistry@test#train", eval_data=("hicai-zju/SciKnowEval:Chemistry@test#test",),
+                        verifier="choice", feedback_when="never"),
     "tooluse": dict(verifier="tool_use", feedback_when="never"),               # its feedback would leak the gold answer
     # Section 4, rich feedback. The authors' JSON lines: train with half of the private tests, evaluation with all.
     "lcb": dict(verifier="code", divergence="reverse_kl", topk=20, ema_rate=0.01, lr=1e-6, warmup=0, mini_batch=1, eval_samples=4),
+    # Section 5: 16 attempts a step, at most 2750.
+    "ttt": dict(verifier="code", divergence="reverse_kl", topk=20, ema_rate=0.01, lr=1e-6, warmup=0, question=1, prompts_per_step=1, rollouts=16,
+                mini_batch=1, advantage_clip=5.0, steps=172, teacher_samples=0),
 }
 
 
+Mark = tuple[str, float, str]                                # text, reward r_i and feedback f_i of one attempt
+
+
 class Sample(NamedTuple):
-    row: dict
+    q: int                                                   # which question of the batch
     prompt: list[int]                                        # what the student reads
     context: list[int]                                       # what the teacher reads; empty without a solution or feedback
     y: list[int]                                             # what both score
@@ -204,13 +221,14 @@ class Sample(NamedTuple):
     advantage: float                                         # of y in its group, for GRPO
 
 
-def to_row(raw: dict) -> dict:
-    """One data set's columns as ours: prompt, and what the verifier wants."""
+def to_row(raw: dict, train: bool = False) -> dict | None:
+    """One data set's columns as ours: prompt, and what the verifier wants. None: the paper leaves this row out."""
     row = dict(raw)
-    if "answerKey" in raw:
-        row |= sciknoweval_row(raw, suffix="\nPlease reason step by step.")
-    elif "private_test_cases" in raw:
-        row |= livecodebench_row(raw)
+    if "answerKey" in raw or "private_test_cases" in raw:
+        ours = sciknoweval_row(raw, suffix="\nPlease reason step by step.") if "answerKey" in raw else livecodebench_row(raw, half=train)
+        if ours is None:
+            return None
+        row |= ours
     elif raw.get("system"):                                  # the authors' JSON lines
         row["prompt"] = [{"role": "system", "content": raw["system"]}, {"role": "user", "content": raw["prompt"]}]
     row["prompt"] = as_messages(row["prompt"])
@@ -229,14 +247,24 @@ def tokenize(rows: list[dict], tokenizer: Any, args: Args) -> list[dict]:
     return kept
 
 
-def grade(group: list[Rollout], row: dict, tokenizer: Any, verify: Callable, pool: ThreadPoolExecutor) -> list[tuple[str, float, str]]:
-    """(text, reward r_i, feedback f_i) of each attempt; the row's own "feedback" where the verifier has none."""
-    texts = [tokenizer.decode(y.ids, skip_special_tokens=True) for y in group]
-    graded = pool.map(lambda i: verify(texts[i], {**row, "truncated": not group[i].finished}), range(len(group)))
-    return [(text, reward, feedback or str(row.get("feedback") or "")) for text, (reward, feedback) in zip(texts, graded)]
+def attempt(run: Run, student: torch.nn.Module, sampler: Sampler, rows: list[dict], step: int, args: Args) -> tuple[list[tuple[int, int]], list[Rollout]]:
+    """y_1..y_G ~ student(.|x) for each question, shared out over the processes: this one's (question, attempt) pairs, and their y."""
+    mine = [(q, i) for q in range(len(rows)) for i in range(args.rollouts)][run.rank::run.world]
+    return mine, sampler.each(student, [rows[q]["prompt_ids"] for q, _ in mine], [(rows[q]["id"], i) for q, i in mine], (TRAIN_STREAM, step),
+                              temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
 
 
-def hindsight(graded: list[tuple[str, float, str]], i: int, key: tuple[int, ...], args: Args) -> tuple[str, str]:
+def grade_groups(run: Run, mine: list[tuple[int, int]], attempts: list[Rollout], rows: list[dict], tokenizer: Any, verify: Callable,
+                 args: Args) -> list[list[Mark]]:
+    """The marks of every group, known to all processes; the row's own "feedback" where the verifier has none."""
+    texts = [tokenizer.decode(y.ids, skip_special_tokens=True) for y in attempts]
+    graded = grade(verify, [(text, {**rows[q], "truncated": not y.finished}) for (q, _), y, text in zip(mine, attempts, texts)])
+    marks = [(text, reward, feedback or str(rows[q].get("feedback") or "")) for (q, _), text, (reward, feedback) in zip(mine, texts, graded)]
+    everyone = [mark for _, mark in sorted(run.gather(list(zip(mine, marks))))]
+    return [everyone[first:first + args.rollouts] for first in range(0, len(everyone), args.rollouts)]
+
+
+def hindsight(graded: list[Mark], i: int, key: tuple[int, ...], args: Args) -> tuple[str, str]:
     """(s_i, f_i) of attempt i: a success of the group other than i, and feedback by the rules of the flags; "" for none."""
     others = [text for j, (text, reward, _) in enumerate(graded) if j != i and reward >= SOLVED]
     pick = int(np.random.default_rng(key).integers(len(others))) if others and args.solution_from == "random" else 0
@@ -299,7 +327,7 @@ def sdpo_loss(h_ND: Tensor, head: Head, targets: list, initial: list, micro: lis
             weight_N, behaviour = weight_N * sequence_ratio(h_ND, head, y_N, behaviour_N, micro, args), None
         loss, stats = distill_loss(h_ND, head, targets, y_N, weight_N * (1 - args.policy_weight), divergence=args.divergence, beta=args.beta,
                                    support=args.support, topk=args.topk, tail=args.tail, temperature=args.loss_temperature,
-                                   behaviour_logp_N=behaviour, is_cap=args.is_cap)
+                                   behaviour_logp_N=behaviour, is_cap=args.is_cap, clip=args.advantage_clip)
     if args.policy_weight:
         advantage_N = flat([s.advantage] * len(s.y) for s in micro)
         policy, more = token_loss(h_ND, head, y_N, lambda logp, n: grpo_loss(logp, behaviour_N[n], advantage_N[n], args) / all_tokens)
@@ -317,7 +345,56 @@ def sequence_ratio(h_ND: Tensor, head: Head, y_N: Tensor, behaviour_N: Tensor, m
     return torch.cat([part.mean().expand(len(part)) for part in parts])
 
 
-def check(args: Args, vocabulary: int, world: int) -> None:
+def teacher_accuracy(run: Run, teacher: Teacher, sampler: Sampler, samples: list[tuple[int, int, list[int]]], rows: list[dict], tokenizer: Any,
+                     verify: Callable, step: int, args: Args) -> dict[str, float]:
+    """The self-teacher answers contexts of this batch, an even choice of them: how much hindsight knows."""
+    every = max(1, len(rows) * args.rollouts // max(args.teacher_samples, 1))
+    asked = [(q, i, context) for q, i, context in samples if context and (q * args.rollouts + i) % every == 0]
+    answers = sampler.each(teacher.model, [context for *_, context in asked], [(rows[q]["id"], i) for q, i, _ in asked], (TEACHER_STREAM, step),
+                           temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+    graded = grade(verify, [(tokenizer.decode(y.ids, skip_special_tokens=True), rows[q]) for (q, *_), y in zip(asked, answers)])
+    n = run.sum(reward=sum(reward for reward, _ in graded), asked=len(asked))
+    return {"teacher/accuracy": n["reward"] / n["asked"]} if n["asked"] else {}
+
+
+def first_success(run: Run, group: list[Mark], step: int, args: Args) -> dict[str, float]:
+    """Test time: attempts so far and whether one of this group solves the question; the solution goes to solution.json."""
+    place = next((i for i, (_, reward, _) in enumerate(group) if reward >= SOLVED), None)
+    before = (step - 1) * args.rollouts
+    if place is None:
+        return {"search/attempts": before + args.rollouts, "search/solved": 0}
+    if run.main:
+        (run.out / "solution.json").write_text(json.dumps({"attempt": before + place + 1, "text": group[place][0]}, indent=1))
+    run.say(f"solved by attempt {before + place + 1}, see {run.out}/solution.json")
+    return {"search/attempts": before + place + 1, "search/solved": 1}
+
+
+def search(run: Run, student: torch.nn.Module, sampler: Sampler, row: dict, steps: int, tokenizer: Any, verify: Callable, args: Args) -> None:
+    """Section 5's baselines: best_of_k asks the initial model again; multi_turn shows it the feedback on all attempts so far."""
+    history: list[str] = []
+    for step in range(1, steps + 1):
+        asked = {**row, "prompt_ids": multi_turn_ids(row, history, tokenizer, args) if history else row["prompt_ids"]}
+        with run.timer("generate"):
+            mine, attempts = attempt(run, student, sampler, [asked], step, args)
+        with run.timer("verify"):
+            [group] = grade_groups(run, mine, attempts, [asked], tokenizer, verify, args)
+        found = first_success(run, group, step, args)
+        run.log(step, found)
+        if found["search/solved"] or run.stop_requested():
+            return
+        history += [feedback for *_, feedback in group if feedback and args.search == "multi_turn"]
+
+
+def multi_turn_ids(row: dict, history: list[str], tokenizer: Any, args: Args) -> list[int]:
+    """The question, a blank line, and all feedback in the teacher's template; the oldest goes first when it does not fit."""
+    args = replace(args, feedback_template="\n" + args.feedback_template)
+    for first in range(len(history)):
+        if ids := teacher_ids(row, "", "\n\n".join(history[first:]), tokenizer, args):
+            return ids
+    return row["prompt_ids"]
+
+
+def check(args: Args, vocabulary: int) -> None:
     """Combinations of flags that cannot mean what they say."""
     if args.is_cap and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
         raise InputError("--is-cap compares sampling and training distributions, so it needs --temperature equal to --loss-temperature, "
@@ -336,21 +413,30 @@ def check(args: Args, vocabulary: int, world: int) -> None:
     for name in ("ema_rate", "policy_weight", "entropy_quantile"):
         if not 0 <= getattr(args, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: a share in [0, 1]")
-    if args.mini_batch and (args.prompts_per_step % args.mini_batch or args.mini_batch % world):
-        raise InputError(f"--mini-batch {args.mini_batch}: it must divide --prompts-per-step {args.prompts_per_step} and be a multiple of the "
-                         f"{world} processes")
+    if args.mini_batch and args.prompts_per_step % args.mini_batch:
+        raise InputError(f"--mini-batch {args.mini_batch}: it must divide --prompts-per-step {args.prompts_per_step}")
+    if args.advantage_clip and args.divergence != "reverse_kl":
+        raise InputError(f"--advantage-clip limits the log-ratio of the reverse KL; add --divergence reverse_kl (it is {args.divergence})")
+    if args.question and args.prompts_per_step != 1:
+        raise InputError(f"--question {args.question} trains on one row; add --prompts-per-step 1 (it is {args.prompts_per_step})")
+    if args.search != "sdpo" and not args.question:
+        raise InputError(f"--search {args.search} looks for the solution of one row; name it with --question")
 
 
 def main(args: Args) -> None:
     # Whatever can be wrong without weights is found first.
     tokenizer = load_tokenizer(args.model)
-    check(args, len(tokenizer), int(os.environ.get("WORLD_SIZE", 1)))
-    rows = load_rows(args.data, to_row)
+    check(args, len(tokenizer))
+    rows = load_rows(args.data, lambda raw: to_row(raw, train=True))
+    if args.question:
+        if args.question not in {row["id"] for row in rows}:
+            raise InputError(f"--question {args.question}: {args.data} has no such row; its rows are {rows[0]['id']} to {rows[-1]['id']}")
+        rows = [row for row in rows if row["id"] == args.question]
     train = tokenize(rows, tokenizer, args)
     evals = load_evals(args.eval_data, to_row, tokenizer, args)
     verify = load_verifier(args.verifier)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
-    run = start(args)
+    run = start(args, even=False)
     run.say(f"sdpo: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps of {args.prompts_per_step} questions x "
             f"{args.rollouts} on {run.world} x {run.device.type}")
     if args.dry_run:
@@ -361,64 +447,65 @@ def main(args: Args) -> None:
     student = load_model(args.model, run, args.lora_rank)
     teacher = Teacher(args.teacher if args.policy_weight < 1 else "live", args.ema_rate, student, run)      # GRPO alone keeps no second model
     initial = Teacher("base", 0.0, student, run) if args.kl_coef else None
-    sampler, pool = Sampler(tokenizer, student, args), ThreadPoolExecutor(8)
+    sampler = Sampler(tokenizer, student, args)
     optimizer = make_optimizer(student, args)
     done, score = load_checkpoint(run, student, teacher, optimizer)
     begin(run, steps, done)
     if not done:
         run.log(0, evaluate(run, student, tokenizer, sampler, evals, verify, 0, score))
-    silent = 0                                               # steps in a row without any signal
+    silent, shown = 0, done > 0                              # steps in a row without any signal; whether one sample was printed
+    if args.search != "sdpo":
+        return search(run, student, sampler, train[0], steps, tokenizer, verify, args)
 
     for step in range(done + 1, steps + 1):
-        rows = batch_rows(train, step, args.prompts_per_step, run, args.seed)
+        rows = step_rows(train, step, args.prompts_per_step, args.seed)
 
         # 1. Attempt: y_1..y_G ~ student(.|x) for each question, from the weights about to be updated.
         with run.timer("generate"):
-            groups = sampler(student, [row["prompt_ids"] for row in rows], [row["id"] for row in rows], args.rollouts, (TRAIN_STREAM, step),
-                             temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+            mine, attempts = attempt(run, student, sampler, rows, step, args)
 
-        # 2. Grade: reward r_i and feedback f_i of each attempt.
+        # 2. Grade: reward r_i and feedback f_i of each attempt. At test time the first success ends the run.
         with run.timer("verify"):
-            graded = [grade(group, row, tokenizer, verify, pool) for row, group in zip(rows, groups, strict=True)]
+            groups = grade_groups(run, mine, attempts, rows, tokenizer, verify, args)
+        found = first_success(run, groups[0], step, args) if args.question else {}
+        if found.get("search/solved"):
+            run.log(step, found)
+            break
 
         # 3. Look back: the teacher of y_i reads another success s_i of the group and/or f_i; without either y_i has no signal.
-        questions, dropped = [], 0
-        for row, group, marks in zip(rows, groups, graded, strict=True):
-            samples = []
-            for i, (y, a) in enumerate(zip(group, advantages([reward for _, reward, _ in marks], args.std_advantage), strict=True)):
-                told = hindsight(marks, i, (args.seed, step, row["id"], i), args)
-                context = teacher_ids(row, *told, tokenizer, args)
-                dropped += any(told) and not context
-                kept = bool(context) and (y.finished or args.cut_off != "drop")
-                samples.append(Sample(row, row["prompt_ids"], context or row["prompt_ids"], y.ids, y.logps, [kept] * len(y.ids), a))
-            questions.append(samples)
-        attempts = [y for group in groups for y in group]
-        rewards = [reward for marks in graded for _, reward, _ in marks]
+        samples, dropped = [], 0
+        for (q, i), y in zip(mine, attempts, strict=True):
+            told = hindsight(groups[q], i, (args.seed, step, rows[q]["id"], i), args)
+            context = teacher_ids(rows[q], *told, tokenizer, args)
+            dropped += any(told) and not context
+            kept = bool(context) and (y.finished or args.cut_off != "drop")
+            prompt, A = rows[q]["prompt_ids"], advantages([reward for _, reward, _ in groups[q]], args.std_advantage)[i]
+            samples.append(Sample(q, prompt, context or prompt, y.ids, y.logps, [kept] * len(y.ids), A))
+        contexts = [(q, i, s.context) for (q, i), s in zip(mine, samples) if s.mask[0]]
         total = run.sum(attempts=len(attempts), length=sum(len(y.ids) for y in attempts), cut=sum(not y.finished for y in attempts),
-                        reward=sum(rewards), active=sum(s.mask[0] for samples in questions for s in samples), dropped=dropped)
+                        reward=sum(groups[q][i][1] for q, i in mine), active=len(contexts), dropped=dropped)
         if step == 1 and total["cut"] == total["attempts"] and args.cut_off != "keep":
             raise InputError(f"all {total['attempts']:.0f} attempts of step 1 were cut off at --max-completion-tokens "
                              f"{args.max_completion_tokens}; raise it, or accept them with --cut-off keep")
 
         # 4. Learn, one optimiser step per mini-batch of questions.
         sums = dict.fromkeys(("loss", "divergence", "teacher_logp", "logp", "entropy", "mass_student", "mass_teacher", "ratio", "tokens"), 0.0)
-        grad_norm, lr, per_rank = 0.0, learning_rate(step, steps, args), (args.mini_batch or args.prompts_per_step) // run.world
-        for first in range(0, len(questions), per_rank):
-            samples = [s for group in questions[first:first + per_rank] for s in group]
-            counted = len(samples), sum(len(s.y) for s in samples)
-            samples = [s for s in samples if (s.mask[0] and args.policy_weight < 1) or (s.advantage and args.policy_weight)]
+        grad_norm, lr, questions = 0.0, learning_rate(step, steps, args), args.mini_batch or args.prompts_per_step
+        for first in range(0, args.prompts_per_step, questions):
+            batch = [s for s in samples if first <= s.q < first + questions]
+            taught = [s for s in batch if (s.mask[0] and args.policy_weight < 1) or (s.advantage and args.policy_weight)]
             if args.entropy_quantile:
                 with run.timer("student"):
-                    masks = most_uncertain(run, student, [(s.prompt, s.y) for s in samples], [s.mask for s in samples], args.entropy_quantile)
-                samples = [s._replace(mask=mask) for s, mask in zip(samples, masks)]
+                    masks = most_uncertain(run, student, [(s.prompt, s.y) for s in taught], [s.mask for s in taught], args.entropy_quantile)
+                taught = [s._replace(mask=mask) for s, mask in zip(taught, masks)]
 
             # 4a. Count the sequences and tokens of all ranks before any backward: the only denominators of this optimiser step.
-            n = run.sum(samples=len(samples), sequences=counted[0], all_tokens=counted[1], tokens=sum(sum(s.mask) for s in samples))
+            n = run.sum(samples=len(taught), sequences=len(batch), all_tokens=sum(len(s.y) for s in batch), tokens=sum(sum(s.mask) for s in taught))
             if n["samples"] == 0:                            # true on every rank at once, so none is left waiting
                 continue
 
             # 4b. Distil: the same y_i scored in hindsight by the teacher and without it by the student; only the student has a gradient.
-            for m, micro in enumerate(micro_batches(samples, lambda s: max(len(s.prompt), len(s.context)) + len(s.y), args.tokens_per_batch)):
+            for micro in micro_batches(taught, lambda s: max(len(s.prompt), len(s.context)) + len(s.y), args.tokens_per_batch):
                 with run.timer("teacher"):
                     targets = teacher.targets([(s.context, s.y) for s in micro]) if args.policy_weight < 1 else []
                     anchors = initial.targets([(s.prompt, s.y) for s in micro]) if initial else []
@@ -432,7 +519,8 @@ def main(args: Args) -> None:
                 sums["tokens"] += (weight_N > 0).sum().item()
                 for name, values in stats.items():
                     sums[name] += values[weight_N > 0].sum().item()
-                if step == 1 and first == 0 and m == 0:
+                if not shown:
+                    shown = True
                     explain(run, tokenizer, {"student reads": micro[0].prompt, "teacher reads": micro[0].context}, micro[0].y, stats)
 
             # 4c. Step. Gradients add up over ranks; 4a has divided.
@@ -456,6 +544,10 @@ def main(args: Args) -> None:
                    "rollout/reward": total["reward"] / total["attempts"], "rollout/length": total["length"] / total["attempts"],
                    "rollout/cut_frac": total["cut"] / total["attempts"], "rollout/entropy": mean["entropy"] / tokens,
                    "teacher/dropped_prompts": total["dropped"], "teacher/distance": teacher.distance()}
+        metrics |= found
+        if args.teacher_samples and args.policy_weight < 1 and args.teacher != "trust_region" and (step == 1 or step % args.eval_every == 0):
+            with run.timer("eval"):
+                metrics |= teacher_accuracy(run, teacher, sampler, contexts, rows, tokenizer, verify, step, args)
         if step % args.eval_every == 0 or step == steps:
             metrics |= evaluate(run, student, tokenizer, sampler, evals, verify, step, score)
         run.log(step, metrics)

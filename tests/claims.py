@@ -1,10 +1,12 @@
 """What the laptop world can say about the papers' claims: runs the commands, prints the tables that the README quotes.
 
-    python tests/claims.py sdft-vs-sft sdft-teachers        # all of them without a name
+    python tests/claims.py sdft-vs-sft sdpo-vs-grpo         # all of them without a name
     python tests/claims.py --list                           # only the commands
 
-Every line of a table is one command on base models 0, 1 and 2. A learning rate written {a|b|c} is tuned first, on seed 0
-only: the smallest one whose new-skill accuracy is within .05 of the best. Finished runs under runs/claims are not repeated.
+Every line of a table is one command, repeated on base models 0, 1 and 2 (sdft: once each, sdpo and sdzero: with two seeds
+each). A learning rate written {a|b|c} is tuned first, on base 0 and seed 0 only: sdft takes the smallest one whose final accuracy
+is within .05 of the best, the others the one with the highest accuracy over the whole run. Finished runs under runs/claims are
+not repeated.
 """
 
 import argparse
@@ -15,18 +17,20 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Callable
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "runs" / "claims"
-SEEDS = (0, 1, 2)
+ONCE, TWICE = [(0, 0), (1, 1), (2, 2)], [(0, 0), (1, 1), (2, 2), (0, 3), (1, 4), (2, 5)]        # (base model, seed)
 
 # `lenient` also reads the digits out of the demonstrations' style: a right answer in a foreign style counts.
-BASE = ("--model toy:{seed}/model --eval-data toy:{seed}/zig-eval.jsonl toy:{seed}/prior-eval.jsonl toy:{seed}/add-eval.jsonl --seed {seed} "
-        "--data toy:{seed}/zig-train.jsonl --eval-every 40 --verifier toy:lenient")
+BASE = ("--model toy:{base}/model --eval-data toy:{base}/zig-eval.jsonl toy:{base}/prior-eval.jsonl toy:{base}/add-eval.jsonl --seed {seed} "
+        "--data toy:{base}/zig-train.jsonl --eval-every 40 --verifier toy:lenient")
 OWN = BASE.replace("zig-train", "zig-own-train")
 LR, SFT_LR = "--lr {3e-5|5e-5|1e-4}", "--lr {3e-5|1e-4|3e-4|1e-3}"
-MUL = ("--model toy:{seed}/model --data toy:{seed}/mul-train.jsonl --eval-data toy:{seed}/mul-eval.jsonl toy:{seed}/prior-eval.jsonl --seed {seed} "
-       "--eval-every 5 --lr 3e-4")
+MUL = ("--model toy:{base}/model --data toy:{base}/mul-train.jsonl --eval-data toy:{base}/mul-eval.jsonl toy:{base}/prior-eval.jsonl --seed {seed} "
+       "--eval-every 5 --teacher-samples 0")
+RL = "--lr {1.5e-4|3e-4|6e-4}"
 CLAIMS: dict[str, dict[str, str]] = {
     "sdft-vs-sft": {
         "SDFT": f"sdft.py {BASE} {LR}",
@@ -42,12 +46,20 @@ CLAIMS: dict[str, dict[str, str]] = {
         "off-policy: the teacher answers": f"sdft.py {BASE} {LR} --generate-from teacher --is-cap 0",
     },
     "sdpo-vs-grpo": {
-        "SDPO, solution or feedback": f"sdpo.py {MUL}",
-        "SDPO, solution only": f"sdpo.py {MUL} --feedback-when never",
-        "SDPO, feedback on wrong attempts only": f"sdpo.py {MUL} --solution-from none",
-        "SDPO, feedback on every attempt": f"sdpo.py {MUL} --solution-from none --feedback-on all",
-        "GRPO": f"sdpo.py {MUL} --policy-weight 1",
+        "SDPO, solution or feedback": f"sdpo.py {MUL} {RL}",
+        "SDPO, solution only": f"sdpo.py {MUL} {RL} --feedback-when never",
+        "SDPO, feedback on wrong attempts only": f"sdpo.py {MUL} {RL} --solution-from none",
+        "SDPO, feedback on every attempt": f"sdpo.py {MUL} {RL} --solution-from none --feedback-on all",
+        "GRPO": f"sdpo.py {MUL} {RL} --policy-weight 1",
     },
+    "sdpo-logits": {
+        "JSD, all logits": f"sdpo.py {MUL} {RL}",
+        "JSD, student's top 10 and tail": f"sdpo.py {MUL} {RL} --support student_topk --topk 10",
+        "reverse KL, all logits": f"sdpo.py {MUL} {RL} --divergence reverse_kl",
+        "reverse KL, sampled token": f"sdpo.py {MUL} {RL} --divergence reverse_kl --support sampled",
+    },
+    "sdpo-teachers": {f"{teacher} teacher": f"sdpo.py {MUL} {RL} --teacher {teacher}" for teacher in ("ema", "base", "live", "trust_region")}
+                     | {f"{teacher} teacher at 1e-3": f"sdpo.py {MUL} --lr 1e-3 --teacher {teacher}" for teacher in ("ema", "base", "live", "trust_region")},
 }
 
 
@@ -68,39 +80,58 @@ def folder(command: str) -> Path:
     return OUT / re.sub(r"[^\w.=-]+", "_", command.replace("--", "").replace("toy:", ""))[-200:]
 
 
-def score(metrics: list[dict], name: str = "eval") -> float:
-    """The last evaluation's average."""
-    return next(v for row in reversed(metrics) for k, v in row.items() if k.startswith(f"{name}/avg@"))
+def at(command: str, base: int, seed: int) -> list[dict]:
+    command = command.format(base=base, seed=seed)
+    return run(command, folder(command))
 
 
-def rollouts_to(metrics: list[dict], level: float) -> float:
-    """Attempts until the evaluation first reaches `level`; all of them when it never does."""
-    first = next((row for row in metrics if row.get("eval/avg@1", 0) >= level), metrics[-1])
-    return first["step"] * 32
+def curve(metrics: list[dict], name: str = "eval") -> list[tuple[int, float]]:
+    """(step, average) of every evaluation."""
+    return [(row["step"], v) for row in metrics for k, v in row.items() if k.startswith(f"{name}/avg@")]
+
+
+def final(metrics: list[dict], name: str = "eval") -> float:
+    return curve(metrics, name)[-1][1]
+
+
+def attempts_to(metrics: list[dict], level: float) -> float:
+    """Attempts, 32 a step, until the evaluation first reaches `level`, between two evaluations on a straight line; all of them when never."""
+    points = curve(metrics)
+    for (step, low), (next_step, high) in zip(points, points[1:]):
+        if low < level <= high:
+            return 32 * (step + (level - low) / (high - low) * (next_step - step))
+    return 32 * points[-1][0]
+
+
+def seconds(metrics: list[dict]) -> float:
+    """Of generation, teacher, student and optimiser."""
+    return sum(v for row in metrics for k, v in row.items() if re.match("time/(generate|teacher|student|optim)$", k))
 
 
 def tune(command: str) -> str:
-    """The command with its learning rate chosen on seed 0."""
+    """The command with its learning rate chosen on base 0, seed 0."""
     grid = re.search(r"{([^{}]*\|[^{}]*)}", command)
     if not grid:
         return command
     tried = {lr: command.replace(grid[0], lr) for lr in grid[1].split("|")}
-    scores = {lr: score(run(c.format(seed=0), folder(c.format(seed=0)))) for lr, c in tried.items()}
-    print("  tuned on seed 0: " + ", ".join(f"{lr} {s:.2f}" for lr, s in scores.items()))
-    return tried[min((lr for lr in scores if scores[lr] >= max(scores.values()) - 0.05), key=float)]
+    area = lambda metrics: statistics.mean(v for _, v in curve(metrics))
+    scores = {lr: (final if command.startswith("sdft") else area)(at(c, 0, 0)) for lr, c in tried.items()}
+    print("  tuned on base 0: " + ", ".join(f"{lr} {s:.2f}" for lr, s in scores.items()))
+    slack = 0.05 if command.startswith("sdft") else 0.0
+    return tried[min((lr for lr in scores if scores[lr] >= max(scores.values()) - slack), key=float)]
 
 
 def table(claim: str) -> str:
-    columns = {"new skill": score, "prior": lambda m: score(m, "eval/prior-eval")}
+    columns: dict[str, Callable] = {"new skill": final, "prior": lambda m: final(m, "eval/prior-eval")}
     if claim.startswith("sdft"):
-        columns["add"] = lambda m: score(m, "eval/add-eval")
+        columns["add"] = lambda m: final(m, "eval/add-eval")
     else:
-        columns |= {f"attempts to {level}": lambda m, level=level: rollouts_to(m, level) for level in (0.8, 0.9, 0.95)}
-    columns["seconds"] = lambda m: sum(v for row in m for k, v in row.items() if re.match("time/(generate|teacher|student|optim)", k))
+        columns |= {f"attempts to {level}": lambda m, level=level: attempts_to(m, level) for level in (0.8, 0.9, 0.95)}
+    columns["seconds"] = seconds
     lines = [f"### {claim}", "", f"| | lr | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for label, command in CLAIMS[claim].items():
         chosen = tune(command)
-        runs = [run(chosen.format(seed=s), folder(chosen.format(seed=s))) for s in SEEDS]
+        runs = [at(chosen, *pair) for pair in (ONCE if claim.startswith("sdft") else TWICE)]
         values = [[measure(m) for m in runs] for measure in columns.values()]
         digits = lambda x: f"{x:.2f}" if abs(x) < 2 else f"{x:.0f}"
         cells = [f"{digits(statistics.mean(v))} ± {digits(statistics.stdev(v))}" for v in values]

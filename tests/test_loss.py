@@ -92,6 +92,37 @@ def test_equals_float64_autograd_of_the_plain_formula(kind, support, tail, tempe
         torch.testing.assert_close(stat.double(), expected[name].detach() * (weight > 0), rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("support, tail", SUPPORTS + [("sampled", True)])
+def test_clip_is_a_policy_gradient_with_clamped_advantages(support, tail):
+    """Reverse KL: each token or bucket v weighs its grad log p(v) with clamp(log p - log q), a constant."""
+    h, head, teacher, y, weight = problem()
+    (_, h_t, head_t), = teacher
+    z, t = head.logits(h), head_t.logits(h_t)
+    if support == "sampled":
+        log_p, log_q = (x.log_softmax(-1).gather(-1, y[:, None]) for x in (z, t))
+        clamped = (log_p - log_q).clamp(-0.4, 0.4).detach()
+        D, surrogate = clamped[:, 0], (clamped * log_p)[:, 0]
+    else:
+        log_p, log_q = z.log_softmax(-1), t.log_softmax(-1)
+        if support != "full":
+            kept = (z if support == "student_topk" else t).topk(K).indices
+            log_p, log_q = log_p.gather(-1, kept), log_q.gather(-1, kept)
+            rest = lambda x: torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) if tail else x.log_softmax(-1)
+            log_p, log_q = rest(log_p), rest(log_q)
+        clamped = (log_p - log_q).clamp(-0.4, 0.4).detach()
+        assert (clamped.abs() == 0.4).any() and (clamped.abs() < 0.4).any()
+        D = surrogate = (log_p.exp() * clamped).sum(-1)
+    loss, _ = distill_loss(h, head, teacher, y, weight, divergence="reverse_kl", support=support, topk=K, tail=tail, clip=0.4, chunk=5)
+    assert loss.item() == pytest.approx((weight * D).sum().item(), rel=1e-10)
+    assert relative(gradients(loss, h, head), gradients((weight * surrogate).sum(), h, head)) <= 1e-10
+
+
+def test_clip_is_for_the_reverse_kl_alone():
+    h, head, teacher, y, weight = problem()
+    with pytest.raises(ValueError, match="choose divergence reverse_kl, or clip 0"):
+        distill_loss(h, head, teacher, y, weight, divergence="jsd", clip=5.0)
+
+
 class Fresh(torch.autograd.Function):
     """gradcheck asks one graph several times; the loss answers once, so every question gets a new graph."""
 

@@ -78,7 +78,8 @@ def test_columns_of_the_papers_data_sets():
     assert row["prompt"] == science["messages"] and row["privileged_context"] == "demo"
     row = to_training_row({"Question": "q", "Complex_CoT": "think", "Response": "r"})
     assert row["privileged_context"] == "think\n\nr"
-    raw = {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B", "domain": "Physics"}
+    raw = {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B", "domain": "Physics",
+           "details": {"level": "L3"}, "type": "mcq-2-choices"}
     system, user = to_row(raw)["prompt"]
     assert user["content"] == "Q?\n\nA: x\nB: y" and system["content"].startswith("\nGiven a question") and system["content"].endswith("</answer>\n")
     assert sciknoweval_row(raw, "\nPlease reason step by step.")["prompt"][1]["content"].endswith("B: y\nPlease reason step by step.")

@@ -38,7 +38,7 @@ def test_processes_and_micro_batches_do_not_change_the_numbers(script, more, tin
     """Traps 5 and 48: loss, gradient norm, rollouts and evaluation, with answers of unequal length."""
     if script == "sdpo":
         (tmp_path / "judge.py").write_text(JUDGE)
-        more += f" --mini-batch 4 --verifier {tmp_path}/judge.py:judge"
+        more += f" --mini-batch 2 --verifier {tmp_path}/judge.py:judge"
     one = run_here(script, tmp_path / "1", tiny, more)
     assert one[1]["rollout/length"] > 3 and one[1]["train/grad_norm"] > 0
     small = run_here(script, tmp_path / "small", tiny, more + " --tokens-per-batch 8 --sample-batch 3")
@@ -153,7 +153,8 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
 
 def test_best_holds_the_weights_of_the_best_evaluation(tiny, tmp_path, monkeypatch):
     """A verifier that likes one step only; later and worse weights do not replace it."""
-    (tmp_path / "judge.py").write_text("import itertools\ncalls = itertools.count()\ndef judge(completion, row):\n    return float(8 <= next(calls) < 16)\n")
+    (tmp_path / "judge.py").write_text("import collections\ncalls = collections.Counter()\ndef judge(completion, row):\n"
+                                       "    calls[row['id']] += 1\n    return float(calls[row['id']] == 2)\n")
     out = tmp_path / "r"
     run_here("sdft", out, tiny, f"--verifier {tmp_path}/judge.py:judge --eval-every 1 --save-every 1")
     from transformers import AutoModelForCausalLM
@@ -166,8 +167,8 @@ def test_best_holds_the_weights_of_the_best_evaluation(tiny, tmp_path, monkeypat
 
 def test_evaluation_statistics_by_hand(tiny, tmp_path):
     """avg@n, pass@n and the standard error over prompts of rewards known beforehand."""
-    (tmp_path / "judge.py").write_text("import itertools\ncalls = itertools.count()\nR = [1, 0, 0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 0, 0]\n"
-                                       "def judge(completion, row):\n    return R[next(calls) % 16]\n")
+    (tmp_path / "judge.py").write_text("R = [[], [1, 0], [0, 0], [1, 1], [0, 1], [0, 0], [1, 1], [1, 1], [0, 0]]\n"
+                                       "def judge(completion, row):\n    R[row['id']].append(R[row['id']].pop(0))\n    return R[row['id']][-1]\n")
     row = run_here("sdft", tmp_path / "r", tiny, f"--verifier {tmp_path}/judge.py:judge --eval-samples 2 --eval-temperature 1 --steps 1")[0]
     means = torch.tensor([0.5, 0, 1, 0.5, 0, 1, 1, 0])
     assert row["eval/avg@2"] == 0.5 and row["eval/pass@2"] == 5 / 8

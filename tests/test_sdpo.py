@@ -1,5 +1,6 @@
 """SDPO: who is shown whose success, which samples carry a signal, and how GRPO, the teacher and the KL enter the loss."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -76,11 +77,41 @@ def test_a_long_solution_loses_its_own_end():
     assert chat(("1" * 50, ""), max_teacher_tokens=10) == "" and chat(("", "4:no;" * 20), max_teacher_tokens=30) == ""
 
 
+RAW = {"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A", "details": {"level": "L3"}, "type": "mcq-2-choices"}
+
+
 def test_rows_of_the_papers_data_sets():
-    raw = {"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"}
-    assert to_row(raw)["prompt"][1]["content"] == "Q\n\nA: x\nB: y\nPlease reason step by step."
+    assert to_row(RAW)["prompt"][1]["content"] == "Q\n\nA: x\nB: y\nPlease reason step by step."
     assert [m["role"] for m in to_row({"prompt": "p", "system": "s", "answer": "A", "kind": "mcq"})["prompt"]] == ["system", "user"]
     assert to_row({"prompt": "p", "system": "", "answer": "[]"})["prompt"] == [{"role": "user", "content": "p"}]
+
+
+def test_raw_sciknoweval_is_filtered_then_split_as_the_authors_did(tmp_path):
+    """Level L3 and two or four options; of what is left nine tenths train and one tenth test, by the library's own split, seed 42."""
+    import datasets
+    raws = [{**RAW, "question": f"{i}", "details": {"level": "L3" if i % 5 else "L1"}, "type": "true_or_false" if i % 7 == 0 else "mcq-2-choices"} for i in range(60)]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(raw) + "\n" for raw in raws))
+    kept = [i for i in range(60) if i % 5 and i % 7]
+    want = datasets.Dataset.from_dict({"i": kept}).train_test_split(test_size=0.1, seed=42)
+    for part in ("train", "test"):
+        rows = common.load_rows(f"{tmp_path}/raw.jsonl#{part}", to_row)
+        assert [row["id"] - 1 for row in rows] == want[part]["i"] and rows[0]["where"] == f"raw.jsonl:{rows[0]['id']}"
+    (tmp_path / "none.jsonl").write_text(json.dumps(raws[0]) + "\n")
+    with pytest.raises(InputError, match="no rows in it after the filter of its data set"):
+        common.load_rows(f"{tmp_path}/none.jsonl", to_row)
+
+
+def test_raw_livecodebench_trains_on_half_of_the_private_tests():
+    """Section 2.7: contests of February to April 2025; evaluation takes all tests, training half of the private ones, at least one."""
+    case = lambda i: {"input": str(i), "output": str(i), "testtype": "stdin"}
+    raw = {"question_content": "q", "starter_code": "", "contest_date": "2025-02-01T00:00:00", "metadata": "{}",
+           "public_test_cases": json.dumps([case(0)]), "private_test_cases": json.dumps([case(i) for i in range(1, 11)])}
+    assert len(to_row(raw)["tests"]["inputs"]) == 11
+    half = to_row(raw, train=True)["tests"]["inputs"]
+    assert half[0] == "0" and len(half) == 6 and half == to_row(raw, train=True)["tests"]["inputs"] and half[1:] == sorted(half[1:], key=int)
+    assert len(to_row({**raw, "private_test_cases": json.dumps([case(1)])}, train=True)["tests"]["inputs"]) == 2
+    for date in ("2025-01-31", "2025-05-01"):
+        assert to_row({**raw, "contest_date": date}) is None
 
 
 # ---- The loss
@@ -238,17 +269,86 @@ def test_stale_rollouts_make_ratio_and_cap_bite(tiny, tmp_path, judge):
     assert any(abs(r["distill/is_ratio_mean"] - 1) > 1e-2 for r in off[1:])
 
 
+def test_the_teachers_accuracy_is_that_of_its_own_answers(tiny, tmp_path, judge, monkeypatch):
+    """At step 1 and at evaluations the teacher's model answers contexts, an even choice of those with a signal; sampling it moves nothing else."""
+    asked, each = [], common.Sampler.each
+    def watched(self, model, prompts, keys, stream, **how):
+        answers = each(self, model, prompts, keys, stream, **how)
+        if stream[0] == common.TEACHER_STREAM:
+            asked.append((model, prompts, keys, answers))
+        return answers
+    monkeypatch.setattr(common.Sampler, "each", watched)
+    flags = f"{judge} --steps 5 --eval-every 2 --solution-from none --feedback-on all"
+    rows = run_here("sdpo", tmp_path / "r", tiny, f"{flags} --teacher-samples 8")
+    assert [r["step"] for r in rows if "teacher/accuracy" in r] == [1, 2, 4] and len(asked) == 3
+    text, verdicts = toy.make_tokenizer(), []
+    for model, prompts, keys, answers in asked:
+        assert len(prompts) == 8 and len(set(keys)) == 8 and all("earlier attempt" in text.decode(p) for p in prompts)
+        verdicts.append(sum(sum(map(ord, text.decode(y.ids, skip_special_tokens=True))) % 4 == 0 for y in answers) / 8)
+    assert [r["teacher/accuracy"] for r in rows if "teacher/accuracy" in r] == verdicts and len({id(model) for model, *_ in asked}) == 1
+    without = run_here("sdpo", tmp_path / "0", tiny, f"{flags} --teacher-samples 0")
+    assert not any("teacher/accuracy" in r for r in without) and [r["train/loss"] for r in rows[1:]] == [r["train/loss"] for r in without[1:]]
+
+
+# ---- Test time: one question, until it is solved
+
+SOLVER = """import collections
+calls = collections.Counter()
+def solver(completion, row):
+    calls[row["id"]] += "truncated" in row                   # not in evaluations
+    return float(calls[row["id"]] == {}), f"4:{{calls[row['id']] % 10}};"
+"""
+
+
+@pytest.fixture
+def solver(tmp_path):
+    """The 11th attempt at a question solves it; feedback on all."""
+    (tmp_path / "solver.py").write_text(SOLVER.format(11))
+    return f"--verifier {tmp_path}/solver.py:solver --question 7 --prompts-per-step 1 --rollouts 4 --steps 9 --feedback-on all --teacher-samples 0"
+
+
+@pytest.mark.parametrize("search", ["sdpo", "best_of_k", "multi_turn"])
+def test_the_search_ends_with_the_first_success(search, solver, tiny, tmp_path, monkeypatch):
+    """Four attempts a step, the 11th solves: three steps, and nobody trains on the last group. Baselines train never."""
+    steps, prompts = [], []
+    step, each = sdpo.optimizer_step, common.Sampler.each
+    monkeypatch.setattr(sdpo, "optimizer_step", lambda *a: (steps.append(1), step(*a))[1])
+    monkeypatch.setattr(sdpo, "grade", lambda verify, pairs: [verify(*pair) for pair in pairs])        # in order, so that the 11th call is attempt 11
+    def watched(self, model, asked, keys, stream, **how):
+        if stream[0] == common.TRAIN_STREAM:
+            assert [row for row, _ in keys] == [7] * 4
+            prompts.append({tuple(p) for p in asked})
+        return each(self, model, asked, keys, stream, **how)
+    monkeypatch.setattr(common.Sampler, "each", watched)
+    rows = run_here("sdpo", tmp_path / "r", tiny, f"{solver} --search {search} --max-teacher-tokens 64 --teacher-chat-kwargs {{}}")
+    assert [(r["search/attempts"], r["search/solved"]) for r in rows[1:]] == [(4, 0), (8, 0), (11, 1)]
+    assert json.loads((tmp_path / "r" / "solution.json").read_text())["attempt"] == 11
+    assert len(steps) == (2 if search == "sdpo" else 0) and all(len(p) == 1 for p in prompts)
+    assert len(set.union(*prompts)) == (3 if search == "multi_turn" else 1)
+
+
+def test_multi_turn_reads_the_question_and_the_newest_feedback_that_fits():
+    row, history = to_row({"prompt": "mul:12"}), [f"{i}:no;" for i in range(9)]
+    read = lambda limit: toy.make_tokenizer().decode(sdpo.multi_turn_ids({**row, "prompt_ids": []}, history, toy.make_tokenizer(), Args(
+        teacher_chat_kwargs={}, max_teacher_tokens=limit)))
+    head, end = "<|user|>mul:12\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n", "\n\nCorrectly solve the original question.<|end|><|assistant|>"
+    assert read(200) == head + "\n\n".join(history) + end
+    assert read(50) == head + "\n\n".join(history[-5:]) + end and 45 < len(toy.make_tokenizer()(read(50))["input_ids"]) <= 50
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--rollouts 1 --feedback-when never", "a group of one"), ("--rollouts 1 --policy-weight 1", "a group of one"),
     ("--solution-from none --feedback-when never", "nothing to read"), ("--mini-batch 3", "must divide --prompts-per-step"),
     ("--policy-weight 2", "--policy-weight 2.0: a share"), ("--support student_topk --topk 1000", "--topk 1000: the vocabulary has"),
-    ("--temperature 0.5", "--is-cap compares"), ("--support sampled", "add --divergence reverse_kl")])
+    ("--temperature 0.5", "--is-cap compares"), ("--support sampled", "add --divergence reverse_kl"), ("--advantage-clip 5", "add --divergence reverse_kl"),
+    ("--question 1", "add --prompts-per-step 1"), ("--search best_of_k", "name it with --question"),
+    ("--question 99 --prompts-per-step 1", "has no such row; its rows are 1 to 24")])
 def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
     with pytest.raises(InputError, match=message):
         run_here("sdpo", tmp_path / "r", tiny, flags)
 
 
-@pytest.mark.parametrize("flags", ["--teacher trust_region", "--teacher base", "--teacher live", "--lora-rank 2", "--divergence reverse_kl --support student_topk --topk 5",
+@pytest.mark.parametrize("flags", ["--divergence reverse_kl --advantage-clip 0.1", "--teacher trust_region", "--teacher base", "--teacher live", "--lora-rank 2", "--divergence reverse_kl --support student_topk --topk 5",
                                    "--divergence reverse_kl --support sampled", "--policy-weight 0.9 --std-advantage", "--kl-coef 0.1", "--average token",
                                    "--entropy-quantile 0.5", "--solution-from none", "--cut-off drop"])
 def test_every_way_runs(flags, tiny, tmp_path, judge):
@@ -267,6 +367,9 @@ def test_presets_are_the_papers():
         assert (a.adam_betas, a.is_cap, a.is_level, a.eval_samples, a.eval_temperature, a.eval_top_p, a.eval_every) == ((0.9, 0.999), 2.0, "token", 16, 0.6, 0.95, 5)
         assert (a.clip_low, a.clip_high, a.std_advantage, a.kl_coef, a.epochs, a.feedback_when) == (0.2, 0.28, False, 0.0, 30.0, "never")
         assert a.student_chat_kwargs == a.teacher_chat_kwargs == {"enable_thinking": False} and a.average == "sequence"
+    a = parse(Args, PRESETS, ["--preset", "ttt"])
+    assert (a.prompts_per_step, a.rollouts, a.mini_batch, a.divergence, a.topk, a.ema_rate, a.lr, a.advantage_clip) == (1, 16, 1, "reverse_kl", 20, 0.01, 1e-6, 5.0)
+    assert a.verifier == "code" and a.steps * a.rollouts == 2752 and a.search == "sdpo" and a.max_teacher_tokens == 10240
     a = parse(Args, PRESETS, ["--preset", "lcb"])
     assert (a.divergence, a.topk, a.tail, a.ema_rate, a.lr, a.warmup, a.mini_batch, a.eval_samples) == ("reverse_kl", 20, True, 0.01, 1e-6, 0, 1, 4)
     assert (a.verifier, a.feedback_when, a.feedback_on, a.is_cap, a.rollouts) == ("code", "no_solution", "wrong", 2.0, 8)

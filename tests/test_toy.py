@@ -294,7 +294,8 @@ def rows(source: str) -> list[dict]:
 def test_files_and_rows():
     assert {f.name for f in toy.build(0).iterdir()} == {"model", *toy.DATA}
     counts = {name: len(rows(f"toy:0/{name}")) for name in toy.DATA}
-    assert counts == {name: 512 for name in toy.DATA} | {"add-train.jsonl": 4096, "mul-train.jsonl": 4096, "prior-eval.jsonl": 510}
+    assert counts == {name: 512 for name in toy.DATA} | {"add-train.jsonl": 4096, "mul-train.jsonl": 4096, "prior-eval.jsonl": 510,
+                                                             "mul-hard.jsonl": 19}
     for name in toy.DATA:
         for row in rows(f"toy:0/{name}"):
             assert row["answer"] == toy.solve(row["prompt"]) and row["task"] == row["prompt"].split(":")[0]

@@ -134,7 +134,7 @@ def test_livecodebench_rows():
     private = base64.b64encode(zlib.compress(pickle.dumps(json.dumps([{"input": "[]\n0", "output": "0", "testtype": "functional"}])))).decode()
     raw = {"question_content": "Add {them} up.", "starter_code": "class Solution:\n    def add(self, numbers: List[int], more: int) -> int:\n        ",
            "public_test_cases": json.dumps([{"input": "[1, 2]\n3", "output": "6", "testtype": "functional"}]), "private_test_cases": private,
-           "metadata": '{"func_name": "add"}'}
+           "metadata": '{"func_name": "add"}', "contest_date": "2025-04-30"}
     row = livecodebench_row(raw)
     assert row["tests"] == {**ADD, "time_limit": 6}
     assert row["prompt"] == (

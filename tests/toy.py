@@ -474,7 +474,7 @@ def write_toy(folder: Path, seed: int) -> None:
         prompts = distinct(task, 4096 + 512, rng)
         write_rows(folder / f"{task}-train.jsonl", [row(p) for p in prompts[:4096]])
         write_rows(folder / f"{task}-eval.jsonl", [row(p) for p in prompts[4096:]])
-    hard = [p for p in distinct("mul", 4096, rng) if all(ab in DECOY["mul"] for ab in digit_pairs(p[4:]))]
+    hard = [p for p in distinct("mul", 4096, random.Random(f"hard {seed}")) if all(ab in DECOY["mul"] for ab in digit_pairs(p[4:]))]
     write_rows(folder / "mul-hard.jsonl", [row(p) for p in hard[:19]])    # four hard pairs each: solved three times in a hundred
     for task in ("zig", "zag"):
         prompts = distinct(task, 512 + 512, rng)
