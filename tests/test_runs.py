@@ -38,13 +38,25 @@ def test_processes_and_micro_batches_do_not_change_the_numbers(script, more, tin
     """Traps 5 and 48: loss, gradient norm, rollouts and evaluation, with answers of unequal length."""
     if script == "sdpo":
         (tmp_path / "judge.py").write_text(JUDGE)
-        more += f" --mini-batch 2 --verifier {tmp_path}/judge.py:judge"
+        more += f" --mini-batch 4 --verifier {tmp_path}/judge.py:judge"
     one = run_here(script, tmp_path / "1", tiny, more)
     assert one[1]["rollout/length"] > 3 and one[1]["train/grad_norm"] > 0
     small = run_here(script, tmp_path / "small", tiny, more + " --tokens-per-batch 8 --sample-batch 3")
     same(small, one, rel=2e-6)
     for n in (2, 4):
         done = launch(f"{script}.py {flags_of(script, tmp_path / f'n{n}', tiny, more)}", processes=n)
+        assert done.returncode == 0, done.stderr
+        same(metrics_of(tmp_path / f"n{n}"), one, rel=2e-6)
+
+
+def test_groups_may_straddle_processes(tiny, tmp_path):
+    """Trap 44, and the rich-feedback recipe on any machine: one question of three attempts a mini-batch, on one, two and three processes."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    more = f"--mini-batch 1 --prompts-per-step 2 --steps 2 --verifier {tmp_path}/judge.py:judge"
+    one = run_here("sdpo", tmp_path / "1", tiny, more)
+    assert 0 < one[1]["distill/active_frac"] < 1
+    for n in (2, 3):
+        done = launch(f"sdpo.py {flags_of('sdpo', tmp_path / f'n{n}', tiny, more)}", processes=n)
         assert done.returncode == 0, done.stderr
         same(metrics_of(tmp_path / f"n{n}"), one, rel=2e-6)
 

@@ -11,7 +11,7 @@ from conftest import make_model, run_here
 import common
 import sdpo
 import toy
-from common import InputError, Run, Teacher, load_model, on_completions, parse
+from common import InputError, Rollout, Run, Teacher, load_model, on_completions, parse
 from sdpo import PRESETS, Args, Sample, advantages, distill_weights, grpo_loss, hindsight, sdpo_loss, teacher_ids, to_row
 
 GROUP = [("a", 0.0, "fa"), ("b", 1.0, ""), ("c", 0.0, ""), ("<think>x</think>\nd", 1.0, "fd")]
@@ -288,6 +288,59 @@ def test_the_teachers_accuracy_is_that_of_its_own_answers(tiny, tmp_path, judge,
     assert [r["teacher/accuracy"] for r in rows if "teacher/accuracy" in r] == verdicts and len({id(model) for model, *_ in asked}) == 1
     without = run_here("sdpo", tmp_path / "0", tiny, f"{flags} --teacher-samples 0")
     assert not any("teacher/accuracy" in r for r in without) and [r["train/loss"] for r in rows[1:]] == [r["train/loss"] for r in without[1:]]
+
+
+# ---- Code, end to end: problems with tests, and a scripted policy in place of a model that cannot program
+
+PROBLEMS = [("add", "a, b", "a + b", "a - b", ["1\n2", "5\n7"], ["3", "12"]), ("double", "x", "2 * x", "x", ["3"], ["6"]),
+            ("largest", "xs", "max(xs)", "min(xs)", ["[3, 9, 2]"], ["9"]), ("backwards", "s", "s[::-1]", "s", ['"abc"'], ['"cba"']),
+            ("evens", "xs", "[x for x in xs if x % 2 == 0]", "xs", ["[1, 2, 3, 4]"], ["[2, 4]"]), ("length", "s", "len(s)", "0", ['"four"'], ["4"]),
+            ("square", "x", "x ** 2", "x * 2", ["5"], ["25"]), ("total", "xs", "sum(xs)", "xs[0]", ["[4, 5, 6]"], ["15"]),
+            ("is_even", "x", "x % 2 == 0", "x % 2 == 1", ["7"], ["false"]), ("join", "xs", "'-'.join(xs)", "''.join(xs)", ['["a", "b"]'], ['"a-b"'])]
+BLOCK = "```python\ndef {}({}):\n    {}\n```"
+
+
+def test_code_runs_end_to_end(tmp_path, monkeypatch):
+    """Ten problems; every other one is solved by an attempt. The teacher reads that program, or what the tests said about this very one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    characters = {c: i for i, c in enumerate(["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(characters, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>", chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}>")
+    make_model(tmp_path / "m", vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0, max_position_embeddings=4096)
+    tokenizer.save_pretrained(tmp_path / "m")
+    rows = [{"prompt": f"Write {name}({args}).", "tests": {"inputs": inputs, "outputs": outputs, "testtype": "functional", "fn_name": name, "time_limit": 1}}
+            for name, args, _, _, inputs, outputs in PROBLEMS]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def say(number, i):
+        name, args, right, wrong, *_ = PROBLEMS[number - 1]
+        solved = BLOCK.format(name, args, f"return {right}") if number % 2 else "I give up."
+        return [BLOCK.format(name, args, f"return {wrong}"), BLOCK.format(name, args, "raise KeyError(7)"), BLOCK.format(name, args, "while True: pass"),
+                "No code.", solved][i]
+    write = lambda text: Rollout(tokenizer(text)["input_ids"] + [0], [-1.0] * (len(text) + 1), True)
+    monkeypatch.setattr(common.Sampler, "each", lambda self, model, prompts, keys, stream, **how: [write(say(*key)) for key in keys])
+    seen, targets = [], Teacher.targets
+    monkeypatch.setattr(Teacher, "targets", lambda self, pairs: (seen.extend(pairs), targets(self, pairs))[1])
+    args = (f"--preset lcb --model {tmp_path}/m --data {tmp_path}/code.jsonl --out {tmp_path}/r --prompts-per-step 10 --rollouts 5 --mini-batch 1 --steps 1 "
+            "--student-chat-kwargs {} --teacher-chat-kwargs {} --teacher-samples 0 --average token")
+    sdpo.main(parse(Args, PRESETS, args.split()))
+    row = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert row["rollout/reward"] == 5 / 50 and row["distill/active_frac"] == 45 / 50       # a lone success has nobody to learn from
+    read = {(tokenizer.decode(y, skip_special_tokens=True), tokenizer.decode(context).split(").")[0]): tokenizer.decode(context) for context, y in seen}
+    feedback = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
+    for number, (name, args, right, *_, inputs, outputs) in enumerate(PROBLEMS, 1):
+        question = f"Write {name}({args}"
+        end = "\n\nCorrectly solve the original question.>"
+        if number % 2:
+            shown = f"{question}).\nCorrect solution:\n\n{say(number, 4)}{end}"
+            assert [read[say(number, i), question] for i in range(4)] == [shown] * 4
+        else:
+            wrong, error, late, no_code, give_up = (read[say(number, i), question].removeprefix(f"{question}).{feedback}").removesuffix(end) for i in range(5))
+            assert wrong.startswith("Test Case 1: Wrong Answer\n\nInput\n" + inputs[0]) and wrong.endswith("Expected\n" + outputs[0])
+            assert error.startswith("Runtime Error\nKeyError: 7") and late.startswith("Time Limit Exceeded\n\nLast Executed Input\n" + inputs[0])
+            assert no_code == give_up == "Incorrect Format: Put your code inside a ```python ... ``` block."
 
 
 # ---- Test time: one question, until it is solved
