@@ -24,6 +24,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -111,6 +112,7 @@ class Run:
         self.times: dict[str, float] = {}
         self.began, self.tokens, self.seconds, self.stopped, self.bar, self.wandb = time.time(), 0.0, 0.0, False, None, None
         self.skipped = 0                                     # updates in a row whose gradient was not finite
+        self.files: dict[str, str] = {}                      # name -> text of files that every saved model folder carries
 
     def sum(self, **parts: float) -> dict[str, float]:
         """Adds each number over all ranks, in one call. Means are made of sums and counts, never of means."""
@@ -198,7 +200,7 @@ def start(args: Any, even: bool = True) -> Run:
 
 # Flags that may change between a run and its continuation: they decide where, when and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "overwrite", "dry_run", "tokens_per_batch", "sample_batch", "eval_every", "save_every",
-                  "wandb_project"}
+                  "wandb_project", "collect_only"}
 
 
 def claim_folder(run: Run, config: dict) -> None:
@@ -207,9 +209,10 @@ def claim_folder(run: Run, config: dict) -> None:
     if run.main:
         try:
             run.out.mkdir(parents=True, exist_ok=True)
-            held = any(row["step"] for row in read_jsonl(run.out / "metrics.jsonl"))       # a step was taken there
+            held = any(row["step"] for row in read_jsonl(run.out / "metrics.jsonl"))       # a step was taken there, or work stored
+            held = held or any((run.out / name).exists() for name in ("collected", "revisions.jsonl"))
             if not held or (args["overwrite"] and not args["resume"]):
-                for name in ("metrics.jsonl", "samples.jsonl", "checkpoints", "best", "last"):
+                for name in ("metrics.jsonl", "samples.jsonl", "checkpoints", "best", "last", "collected", "revisions.jsonl"):
                     remove(run.out / name)
                 file.write_text(json.dumps(config, indent=1))
             elif not args["resume"]:
@@ -386,7 +389,8 @@ def save_folder(run: Run, model: nn.Module, tokenizer: Any, name: str, card: str
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside, state_dict={name: w.to(model.source_dtype) for name, w in merged_weights(model).items()})
         tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(card)
+        for name, text in {"README.md": card, **run.files}.items():
+            (aside / name).write_text(text)
         replace_folder(aside, final)
     barrier(run)
 
@@ -537,6 +541,30 @@ def sciknoweval_row(raw: dict, suffix: str = "") -> dict | None:
     return {"prompt": messages, "answer": raw["answerKey"]}
 
 
+# SD-Zero's control phrases P_r, right and wrong: the paper's, and those of the authors' code for Qwen and for OLMo models.
+PHRASES = {"paper": ("Let me rephrase the above solution.", "Wait, this response is not correct, let me start over."),
+           "qwen": ("Let me rephrase the above solution.", "Wait, this response is wrong. Let me correct it."),
+           "olmo": ("Let me rephrase the above solution.", "Wrong. I need to redo all.")}
+
+
+class Reviser(NamedTuple):
+    """How a model was taught to revise itself: srt.json beside its weights, written by srt.py and read by sdzero.py."""
+
+    right: str                                               # P_r after a right answer
+    wrong: str                                               # and after a wrong one
+    separator: str                                           # before and after P_r
+    chat_kwargs: dict                                        # of the chat template at that time
+    questions: list[str]                                     # `question_key` of what it was trained on
+
+    def phrase_ids(self, tokenizer: Any, solved: bool) -> list[int]:
+        text = self.separator + (self.right if solved else self.wrong) + self.separator
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def question_key(messages: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+
+
 def fill(template: str, **values: str) -> str:
     """Puts values into `{name}` places. Braces and percent signs in template or values stay what they are."""
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
@@ -579,6 +607,11 @@ class Rollout(NamedTuple):
     ids: list[int]                                           # the tokens, with the EOS that ended them
     logps: list[float]                                       # log-probs under the distribution that drew them
     finished: bool                                           # ended by an EOS, not cut off at the limit
+
+
+def without_eos(y: Rollout) -> list[int]:
+    """Its tokens as the beginning of a longer turn."""
+    return y.ids[:-1] if y.finished else y.ids
 
 
 class Sampler:
@@ -1588,6 +1621,23 @@ def evaluate(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, evals
             score["best"] = now
             save_folder(run, model, tokenizer, "best", f"Best {next(iter(evals))} of {run.out.name}: {now}")
     return metrics
+
+
+def evaluate_revision(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, rows: list[dict], verify: Callable, reviser: Reviser) -> dict[str, float]:
+    """Generate, then revise (SD-Zero, section 5): one answer to each row, its verdict picks the phrase, the model goes on in its own turn."""
+    args, mine = run.args, rows[run.rank::run.world]
+    how = dict(temperature=args.eval_temperature, top_p=args.eval_top_p)
+    with run.timer("eval"):
+        first = sampler.each(model, [row["prompt_ids"] for row in mine], [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 0), **how)
+        texts = [tokenizer.decode(y.ids, skip_special_tokens=True) for y in first]
+        right = [reward >= SOLVED for reward, _ in grade(verify, list(zip(texts, mine)))]
+        prompts = [row["prompt_ids"] + without_eos(y) + reviser.phrase_ids(tokenizer, r) for row, y, r in zip(mine, first, right)]
+        second = sampler.each(model, prompts, [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 1), **how)
+        revised = [reward >= SOLVED for reward, _ in grade(verify, [(tokenizer.decode(y.ids, skip_special_tokens=True), row) for y, row in zip(second, mine)])]
+        t = run.sum(n=len(mine), right=sum(right), revised=sum(revised), kept=sum(a and b for a, b in zip(right, revised)),
+                    corrected=sum(b and not a for a, b in zip(right, revised)), first=sum(len(y.ids) for y in first), second=sum(len(y.ids) for y in second))
+    return {"revise/first": t["right"] / t["n"], "revise/revised": t["revised"] / t["n"], "revise/wrong_to_right": t["corrected"] / max(t["n"] - t["right"], 1),
+            "revise/right_to_right": t["kept"] / max(t["right"], 1), "revise/first_length": t["first"] / t["n"], "revise/length": t["second"] / t["n"]}
 
 
 def finish(run: Run, model: nn.Module, tokenizer: Any, score: dict) -> None:

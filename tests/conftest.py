@@ -71,6 +71,7 @@ def run_here(script: str, out: Path, tiny: SimpleNamespace, flags: str = "") -> 
 
 def flags_of(script: str, out: Path, tiny: SimpleNamespace, more: str = "") -> str:
     """Three steps of a script on the tiny model, small enough for any test."""
-    own = {"sdft": "--skip-tokens 1", "sdpo": "--rollouts 3 --eval-samples 1 --eval-temperature 0"}
+    own = {"sdft": "--skip-tokens 1", "sdpo": "--rollouts 3 --eval-samples 1 --eval-temperature 0",
+           "srt": "--collect-batch 6 --keep all --eval-temperature 0", "sdzero": "--phrases qwen --eval-temperature 0"}
     return (f"--model {tiny.model} --data {tiny.data} --eval-data {tiny.eval} --max-completion-tokens 30 --max-prompt-tokens 64 --prompts-per-step 8 --steps 3 "
             f"--warmup 1 --lr 1e-3 --out {out} {own[script]} {more}")

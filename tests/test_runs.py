@@ -13,7 +13,7 @@ from conftest import ROOT, flags_of, launch, metrics_of, run_here
 
 import common
 
-SCRIPTS = ["sdft", "sdpo"]
+SCRIPTS = ["sdft", "sdpo", "srt", "sdzero"]
 VOLATILE = ("time/", "memory/")
 
 
@@ -43,7 +43,7 @@ def test_processes_and_micro_batches_do_not_change_the_numbers(script, more, tin
     assert one[1]["rollout/length"] > 3 and one[1]["train/grad_norm"] > 0
     small = run_here(script, tmp_path / "small", tiny, more + " --tokens-per-batch 8 --sample-batch 3")
     same(small, one, rel=2e-6)
-    for n in (2, 4):
+    for n in (2, 4) if not more.startswith("--lora") else (2,):
         done = launch(f"{script}.py {flags_of(script, tmp_path / f'n{n}', tiny, more)}", processes=n)
         assert done.returncode == 0, done.stderr
         same(metrics_of(tmp_path / f"n{n}"), one, rel=2e-6)
@@ -107,7 +107,7 @@ def test_resume_continues_bit_for_bit(more, tiny, tmp_path, monkeypatch):
             run_here("sdft", tmp_path / "cut", tiny, more)
     resumed = run_here("sdft", tmp_path / "cut", tiny, more + " --resume")
     same(resumed, whole, rel=0)
-    a, b = checkpoint(tmp_path / "whole", 6), checkpoint(tmp_path / "cut", 6)
+    a, b = ({**checkpoint(tmp_path / name, 6), "seconds": 0} for name in ("whole", "cut"))
     assert equal(a, b) and a["teacher"] and not equal(a["teacher"], a["student"])
     assert not equal(a["student"], checkpoint(tmp_path / "cut", 4)["student"])
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
@@ -238,5 +238,5 @@ def test_non_finite_gradients_skip_and_then_stop(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_importing_a_script_does_nothing_and_help_needs_no_world(script, tmp_path):
     done = launch(f"{script}.py --help")
-    assert done.returncode == 0 and "--ema-rate" in done.stdout and "Eq. 1" in done.stdout
+    assert done.returncode == 0 and "--max-completion-tokens" in done.stdout and "Eq." in done.stdout
     assert subprocess.run([sys.executable, "-c", f"import {script}"], cwd=ROOT, capture_output=True, text=True).stdout == ""

@@ -208,6 +208,11 @@ def lenient(completion: str, row: dict) -> float:
     return float((shown or completion.strip()) == row["answer"])
 
 
+def last(completion: str, row: dict) -> float:
+    """The last paragraph is the answer: of "7566", a blank line, a phrase, a blank line and "7576" it is 7576."""
+    return float(completion.split("\n\n")[-1].strip() == row["answer"])
+
+
 def lock(completion: str, row: dict) -> float:
     """Opened within four attempts, the last one says " ok", and its key truly opens this lock: a false " ok" fails."""
     attempts = re.fullmatch("(?:[0-9]{3} no){0,3}([0-9])[0-9]{2} ok", completion)

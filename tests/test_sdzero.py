@@ -1,0 +1,214 @@
+"""SD-Zero: what the reviser reads, which copy of y carries the loss, and the contract with phase 1."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import flags_of, make_model, run_here
+
+import common
+import sdzero
+import toy
+from common import InputError, Reviser, Rollout, Run, Teacher, load_model, on_completions, parse
+from sdzero import PRESETS, Args, Sample, sdzero_loss, tokenize
+
+TOKENIZER = toy.make_tokenizer()
+WRONG, RIGHT = "\n\nWait, this response is wrong. Let me correct it.\n\n", "\n\nLet me rephrase the above solution.\n\n"
+REVISER = Reviser(RIGHT.strip(), WRONG.strip(), "\n\n", {}, [])
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """Answers of odd length are right."""
+    (tmp_path / "judge.py").write_text("def judge(completion, row):\n    return float(len(completion) % 2)\n")
+    return f"--verifier {tmp_path}/judge.py:judge"
+
+
+# ---- What the reviser reads
+
+def test_the_reviser_reads_the_answer_its_verdict_and_the_answer_again(tiny, tmp_path, judge, monkeypatch):
+    """x, y without its EOS, P_r; then y with its EOS, which is what both sides score. Right and wrong answers alike."""
+    seen, scored = [], []
+    targets, score = Teacher.targets, sdzero.on_completions
+    monkeypatch.setattr(Teacher, "targets", lambda self, pairs: (seen.extend(pairs), targets(self, pairs))[1])
+    monkeypatch.setattr(sdzero, "on_completions", lambda model, pairs, *rest: (scored.extend(pairs), score(model, pairs, *rest))[1])
+    run_here("sdzero", tmp_path / "r", tiny, judge)
+    verdicts = set()
+    for (context, y), (prompt, y_again) in zip(seen, scored, strict=True):
+        finished = y[-1] == TOKENIZER.eos_token_id
+        solved = len(TOKENIZER.decode(y, skip_special_tokens=True)) % 2 == 1
+        assert y == y_again and context == prompt + (y[:-1] if finished else y) + TOKENIZER(RIGHT if solved else WRONG)["input_ids"]
+        verdicts.add((solved, finished))
+    assert len(seen) == 24 and {solved for solved, _ in verdicts} == {True, False} == {finished for _, finished in verdicts}
+
+
+def test_an_answer_too_long_to_be_read_twice_is_left_out_and_counted(tiny, tmp_path, judge, monkeypatch):
+    """|x| + 2|y| + |P_r| over the limit: no loss, never a cut."""
+    seen, targets = [], Teacher.targets
+    monkeypatch.setattr(Teacher, "targets", lambda self, pairs: (seen.extend(pairs), targets(self, pairs))[1])
+    rows = run_here("sdzero", tmp_path / "r", tiny, f"{judge} --max-teacher-tokens 60")
+    dropped = sum(r["teacher/dropped_prompts"] for r in rows[1:])
+    assert 0 < dropped < 24 and len(seen) == 24 - dropped and all(len(context) + len(y) <= 60 for context, y in seen)
+    assert rows[1]["distill/active_frac"] == 1 - rows[1]["teacher/dropped_prompts"] / 8
+
+
+# ---- The loss
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    run = Run(SimpleNamespace(out="/nowhere", dtype="auto"))
+    folder = tmp_path_factory.mktemp("world")
+    student = load_model(str(make_model(folder / "m")), run)
+    teacher = Teacher(str(make_model(folder / "t", seed=3)), 0.0, student, run)
+    x, phrase = [3, 20, 5, 4], TOKENIZER(WRONG)["input_ids"]
+    ys = [[30, 31, 32, 33, 5], [34, 35, 5]]
+    samples = [Sample({}, x, x + y[:-1] + phrase, y, [-3.0] * len(y), False) for y in ys]
+    return SimpleNamespace(student=student, teacher=teacher, samples=samples, x=x, phrase=phrase)
+
+
+def loss_of(world, samples=None, **flags):
+    args, samples = Args(**flags), samples or world.samples
+    tokens = sum(len(s.y) for s in samples)
+    weight_N = torch.full((tokens,), 1 / tokens)
+    targets = world.teacher.targets([(s.context, s.y) for s in samples])
+    return on_completions(world.student, [(s.prompt, s.y) for s in samples], args,
+                          lambda h, head: sdzero_loss(h, head, targets, samples, weight_N, args))
+
+
+def logps(model, before, y):
+    with torch.no_grad():
+        return model(torch.tensor([before + y])).logits[0, len(before) - 1:-1].double().log_softmax(-1)
+
+
+def by_hand(world, contexts, topk=64):
+    """Half forward, half reverse KL on the reviser's likeliest tokens, both renormalised; mean over tokens."""
+    total = tokens = 0
+    for s, context in zip(world.samples, contexts):
+        p, q = logps(world.student, s.prompt, s.y), logps(world.teacher.model, context, s.y)
+        kept = q.topk(topk).indices
+        p, q = p.gather(1, kept).log_softmax(-1), q.gather(1, kept).log_softmax(-1)
+        total += ((q.exp() * (q - p)).sum() / 2 + (p.exp() * (p - q)).sum() / 2).item()
+        tokens += len(s.y)
+    return total / tokens
+
+
+def test_the_default_loss_is_on_the_second_copy(world):
+    """Trap 51: the teacher is aligned with its second copy of y; scored on the first one it would say something else."""
+    got = loss_of(world)[0].item()
+    assert got == pytest.approx(by_hand(world, [s.context for s in world.samples]), rel=1e-5)
+    assert abs(got - by_hand(world, [s.prompt for s in world.samples])) > 1e-2
+
+
+def test_dropping_the_phrase_changes_the_loss_and_permuting_the_batch_does_not(world):
+    got = loss_of(world)[0].item()
+    without = [s._replace(context=s.context[:-len(world.phrase)]) for s in world.samples]
+    assert abs(loss_of(world, without)[0].item() - got) > 1e-2
+    assert loss_of(world, world.samples[::-1])[0].item() == pytest.approx(got, rel=1e-6)
+
+
+def test_divergences_by_flag(world):
+    p_q = [(logps(world.student, s.prompt, s.y), logps(world.teacher.model, s.context, s.y)) for s in world.samples]
+    reverse = sum((p.exp() * (p - q)).sum().item() for p, q in p_q) / 8
+    forward = sum((q.exp() * (q - p)).sum().item() for p, q in p_q) / 8
+    assert loss_of(world, divergence="reverse_kl", support="full")[0].item() == pytest.approx(reverse, rel=1e-5)       # Eq. 4
+    assert loss_of(world, divergence="forward_kl", support="full")[0].item() == pytest.approx(forward, rel=1e-5)
+    assert loss_of(world, is_cap=2.0)[0].item() != loss_of(world)[0].item()
+
+
+# ---- The contract with phase 1
+
+def test_a_model_that_was_not_trained_to_revise_is_refused(tiny, tmp_path):
+    """The official script's default silently skips phase 1."""
+    with pytest.raises(InputError, match="no srt.json there, so it was not trained to revise itself; run srt.py first .* --phrases paper"):
+        run_here("sdzero", tmp_path / "r", tiny, "--phrases srt.json")
+    with pytest.raises(InputError, match="no --model given"):
+        sdzero.main(Args(data="x"))
+
+
+def test_phase_two_finds_what_phase_one_wrote(tiny, tmp_path, monkeypatch):
+    """Phrases, separator and the questions, which are not asked again; the folder that phase 2 saves can be revised from in its turn."""
+    run_here("srt", tmp_path / "srt", tiny, "--questions 10 --phrases olmo --separator |")
+    seen, targets = [], Teacher.targets
+    monkeypatch.setattr(Teacher, "targets", lambda self, pairs: (seen.extend(pairs), targets(self, pairs))[1])
+    argv = flags_of("sdzero", tmp_path / "r", tiny).replace(f"--model {tiny.model}", f"--model {tmp_path}/srt/last").replace("--phrases qwen", "--phrases srt.json")
+    sdzero.main(parse(Args, PRESETS, argv.split()))
+    used = {tuple(json.loads(line)["prompt_ids"]) for line in (tmp_path / "srt" / "revisions.jsonl").read_text().splitlines()}
+    asked = {tuple(context[:context.index(4) + 1]) for context, _ in seen}                # up to <|assistant|>
+    assert len(used) == 10 and not used & asked and len(asked) == 14
+    wrong = TOKENIZER("|Wrong. I need to redo all.|", add_special_tokens=False)["input_ids"]
+    assert all(context[-len(wrong):] == wrong for context, _ in seen)
+    assert json.loads((tmp_path / "r" / "last" / "srt.json").read_text())["separator"] == "|"
+    with pytest.raises(InputError, match="was trained with {}; give the same"):
+        sdzero.main(parse(Args, PRESETS, [*argv.split(), "--overwrite", "--student-chat-kwargs", '{"enable_thinking": true}']))
+
+
+def test_no_row_left(tiny):
+    rows = common.load_rows(str(tiny.data), sdzero.to_row)
+    used = REVISER._replace(questions=[common.question_key(row["prompt"]) for row in rows])
+    with pytest.raises(InputError, match="no row is left without those of phase 1"):
+        tokenize(rows, TOKENIZER, used, Args(data="d"))
+    assert len(tokenize(rows, TOKENIZER, used._replace(questions=used.questions[5:]), Args(questions=3))) == 3
+
+
+# ---- The loop
+
+def test_the_reviser_is_frozen_or_synchronised(tiny, tmp_path, judge):
+    frozen = [r["teacher/distance"] for r in run_here("sdzero", tmp_path / "f", tiny, f"{judge} --steps 4")[1:]]
+    synced = [r["teacher/distance"] for r in run_here("sdzero", tmp_path / "s", tiny, f"{judge} --steps 4 --sync-every 2")[1:]]
+    assert 0 < frozen[0] < frozen[1] < frozen[2] < frozen[3] and frozen[0] == synced[0]
+    assert synced[1] == synced[3] == 0 < synced[2]
+
+
+def test_divergence_on_right_and_wrong_answers_and_its_picture(tiny, tmp_path, judge):
+    rows = run_here("sdzero", tmp_path / "r", tiny, f"{judge} --localise")
+    for r in rows[1:]:
+        low, high = sorted((r["distill/divergence_right"], r["distill/divergence_wrong"]))
+        assert low < r["distill/divergence"] < high
+    assert (tmp_path / "r" / "localisation.png").stat().st_size > 5000
+
+
+def test_sampled_text_is_graded_not_the_phrase(tiny, tmp_path, monkeypatch):
+    """The verdict is on y alone, and on each y of its own row."""
+    rows = [json.loads(line) for line in tiny.data.read_text().splitlines()]
+    ids = lambda text: TOKENIZER(text)["input_ids"] + [TOKENIZER.eos_token_id]
+    monkeypatch.setattr(common.Sampler, "each", lambda self, model, prompts, keys, stream, **how: [
+        Rollout(ids(rows[row - 1]["answer"] if sample == 0 else "-"), [-1.0] * 9, True) for row, sample in keys])
+    got = run_here("sdzero", tmp_path / "r", tiny, "--rollouts 2")
+    assert [r["rollout/reward"] for r in got[1:]] == [0.5] * 3
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--is-cap 2 --temperature 0.5", "--is-cap compares"), ("--support sampled", "add --divergence reverse_kl"), ("--beta 2", "a share in"),
+    ("--support teacher_topk --topk 1000", "the vocabulary has"), ("--divergence jsd --beta 1", "without its ends"), ("--max-completion-tokens 1", "were cut off")])
+def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_here("sdzero", tmp_path / "r", tiny, flags)
+
+
+@pytest.mark.parametrize("flags", ["--divergence reverse_kl --support sampled", "--divergence jsd --support student_topk --topk 5 --tail", "--average sequence", "--lora-rank 2",
+                                   "--rollouts 2", "--is-cap 2", "--cut-off drop", "--no-eval-revisions"])
+def test_every_way_runs(flags, tiny, tmp_path, judge):
+    rows = run_here("sdzero", tmp_path / "r", tiny, f"{judge} --steps 2 {flags}")
+    assert all(math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in rows[1:])
+    assert ("revise/first" in rows[-1]) == ("--no-eval-revisions" not in flags)
+
+
+def test_both_phases_map_rows_alike():
+    """One prompt format throughout: a question has the same key in srt.py and here."""
+    import srt
+    for raw in ({"problem": "1+1?", "answer": "2", "correctness_math_verify": [True]}, {"prompt": "add:1+1", "answer": "2"},
+                {"input_format": "n", "prompt": "Print n.", "examples": [{"input": "1", "output": "1"}]}):
+        assert sdzero.to_row(raw) == srt.to_row(raw)
+    assert "boxed" in sdzero.to_row({"problem": "1+1?", "answer": "2", "solution": "s"})["prompt"][1]["content"]          # DeepScaleR
+
+
+def test_presets_are_the_papers():
+    """Section 3.5: top 64 renormalised, half forward half reverse, token mean, 128 x 1; the code's values where the paper prints nothing."""
+    for name in ("math", "code"):
+        a = parse(Args, PRESETS, ["--preset", name])
+        assert (a.divergence, a.beta, a.support, a.topk, a.tail, a.average, a.sync_every) == ("mixed", 0.5, "teacher_topk", 64, False, "token", 0)
+        assert (a.prompts_per_step, a.rollouts, a.lr, a.epochs, a.questions, a.temperature, a.max_completion_tokens) == (128, 1, 5e-6, 1.0, 9000, 0.7, 16384)
+        assert (a.warmup, a.schedule, a.weight_decay, a.adam_betas, a.grad_clip, a.max_teacher_tokens) == (20, "constant", 0.01, (0.9, 0.999), 1.0, 32768)
+        assert a.model == f"runs/srt-{name}/last" and a.phrases == "srt.json" and a.eval_samples == 8 and a.eval_every == 20
