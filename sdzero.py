@@ -366,7 +366,7 @@ def draw_localisation(file: Path, scored: list[tuple[Sample, Tensor]], tokenizer
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 1, figsize=(9, 4.5), squeeze=False)
+    figure, axes = plt.subplots(2, 1, figsize=(9, 4.5), squeeze=False, sharey=True)
     for axis, name, solved in zip(axes[:, 0], ("wrong", "right"), (False, True)):
         group = [(s, d) for s, d in scored if s.solved == solved and d.sum() > 0]
         shares = [(d.sort(descending=True).values[:math.ceil(len(d) / 10)].sum() / d.sum()).item() for _, d in group]
