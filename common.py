@@ -835,7 +835,7 @@ def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, He
                          "choose divergence reverse_kl, or support full, student_topk or teacher_topk")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta {beta}: a share of the teacher (jsd) or of the forward KL (mixed), from 0 to 1")
-    if support.endswith("topk") and not 1 <= topk <= V:
+    if support.endswith("topk") and not isinstance(teacher, TopK) and not 1 <= topk <= V:
         raise ValueError(f"topk {topk}: the vocabulary has {V} tokens; choose 1 to {V}, or support full")
     told = teacher if isinstance(teacher, TopK) else None
     if told and (support not in ("teacher_topk", "sampled") or temperature != 1.0):

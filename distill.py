@@ -326,12 +326,13 @@ class Served:
     def __init__(self, args: Args, vocabulary: int):
         self.args, self.url, self.vocabulary, self.name = args, args.teacher_url.rstrip("/"), vocabulary, args.teacher_model
         self.k = args.topk if args.objective == "divergence" and args.support == "teacher_topk" else 0
-        self.gone = threading.Event()                        # after the last try of one request the others stop trying
+        self.gone, self.problem = threading.Event(), RunError("")               # after one request has failed for good the others stop trying
 
     def request(self, url: str, body: dict | None = None) -> Any:
         """The server's JSON. Timeouts, broken connections, 429 and 5xx are tried again, waiting twice as long each time; nothing else is."""
         key = {"Authorization": f"Bearer {os.environ['VLLM_API_KEY']}"} if "VLLM_API_KEY" in os.environ else {}
         asked = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json", **key})
+        problem = "another request failed"
         for attempt in range(self.args.teacher_retries + 1):
             if self.gone.wait(PAUSE * 2 ** (attempt - 1) if attempt else 0):
                 break
@@ -348,7 +349,6 @@ class Served:
                     return json.loads(text)
                 except ValueError as error:
                     raise RunError(f"{url} sent something that is not JSON ({error}): {text[:80]!r}; nothing was trained on it") from error
-        self.gone.set()
         raise RunError(f"the teacher at {url} did not answer, tried {self.args.teacher_retries + 1} times ({problem})")
 
     def targets(self, pairs: list[tuple[list[int], list[int]]]) -> list[TopK]:
@@ -356,7 +356,12 @@ class Served:
         def ask(pair: tuple[list[int], list[int]]) -> TopK:
             ids = [*pair[0], *pair[1]]
             body = {"model": self.name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": self.k}
-            return self.read(self.request(f"{self.url}/completions", body), ids, len(pair[0]))
+            try:
+                return self.read(self.request(f"{self.url}/completions", body), ids, len(pair[0]))
+            except RunError as error:
+                self.problem = self.problem if self.gone.is_set() else error
+                self.gone.set()
+                raise self.problem
         with ThreadPoolExecutor(self.args.teacher_requests) as pool:
             return list(pool.map(ask, pairs))
 
