@@ -204,7 +204,6 @@ PAUSE = 1.0                                                  # seconds before th
 
 
 class Sample(NamedTuple):
-    row: dict
     prompt: list[int]                                        # what both sides read
     y: list[int]                                             # what both score
     logps: list[float]                                       # of y under the sampler
@@ -266,6 +265,7 @@ def fixed_outputs(train: list[dict], steps: int, teacher: Any, tokenizer: Any, r
     met = {row["id"]: row for step in range(1, steps + 1) if not on_policy(args, step)
            for row in batch_rows(train, step, args.prompts_per_step, everyone, args.seed)}
     mine, sampler = [row for i, row in sorted(met.items()) if i not in known][run.rank::run.world], Sampler(tokenizer, teacher.model, args)
+    run.say(f"the teacher answers the rows of the off-policy steps: {len(met)}, of which {len(met.keys() & known.keys())} are there already")
     lines = file.read_text() if file.exists() else ""
     for lo in range(0, len(mine), args.sample_batch):
         rows = mine[lo:lo + args.sample_batch]
@@ -326,7 +326,7 @@ class Served:
     def __init__(self, args: Args, vocabulary: int):
         self.args, self.url, self.vocabulary, self.name = args, args.teacher_url.rstrip("/"), vocabulary, args.teacher_model
         self.k = args.topk if args.objective == "divergence" and args.support == "teacher_topk" else 0
-        self.gone, self.problem = threading.Event(), RunError("")               # after one request has failed for good the others stop trying
+        self.gone, self.problem, self.waited = threading.Event(), RunError(""), False       # one request failed for good: the others stop trying
 
     def request(self, url: str, body: dict | None = None) -> Any:
         """The server's JSON. Timeouts, broken connections, 429 and 5xx are tried again, waiting twice as long each time; nothing else is."""
@@ -334,6 +334,9 @@ class Served:
         asked = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json", **key})
         problem = "another request failed"
         for attempt in range(self.args.teacher_retries + 1):
+            if attempt and not self.waited:
+                self.waited = True
+                print(f"waiting for the teacher: {url}: {problem}", file=sys.stderr, flush=True)
             if self.gone.wait(PAUSE * 2 ** (attempt - 1) if attempt else 0):
                 break
             try:
@@ -610,7 +613,7 @@ def main(args: Args) -> None:
         if step == 1 and total["cut"] == total["answers"] and args.cut_off != "keep":
             raise InputError(f"all {total['answers']:.0f} answers of step 1 were cut off at --max-completion-tokens {args.max_completion_tokens}; "
                              "raise it, or accept them with --cut-off keep")
-        questions = [[Sample(row, row["prompt_ids"], y.ids, y.logps, None, []) for y in group if y.finished or args.cut_off != "drop"]
+        questions = [[Sample(row["prompt_ids"], y.ids, y.logps, None, []) for y in group if y.finished or args.cut_off != "drop"]
                      for row, group in zip(rows, groups, strict=True)]
 
         # 2. Ask: what must come from a server, or is a constant of the policy gradient, comes before any weight moves.
@@ -658,8 +661,9 @@ def main(args: Args) -> None:
                    "distill/tokens": mean["tokens"], "distill/on_policy": float(own), "rollout/entropy": mean["entropy"] / tokens,
                    "rollout/length": total["length"] / total["answers"], "rollout/cut_frac": total["cut"] / total["answers"]}
         if args.objective != "sft":
-            metrics |= {"distill/divergence": mean["divergence"] / tokens, "distill/topk_mass_student": mean["mass_student"] / tokens,
-                        "distill/topk_mass_teacher": mean["mass_teacher"] / tokens, "distill/is_ratio_mean": mean["ratio"] / tokens}
+            metrics |= {"distill/divergence": mean["divergence"] / tokens, "distill/is_ratio_mean": mean["ratio"] / tokens}
+        if args.objective == "divergence":
+            metrics |= {"distill/topk_mass_student": mean["mass_student"] / tokens, "distill/topk_mass_teacher": mean["mass_teacher"] / tokens}
         if step % args.eval_every == 0 or step == steps:
             metrics |= evaluate(run, student, tokenizer, sampler, evals, verify, step, score)
         run.log(step, metrics)

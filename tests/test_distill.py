@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import launch, make_model, metrics_of, run_here
+from conftest import launch, make_model, run_here
 
 import common
 import distill
@@ -144,7 +144,7 @@ def world(tmp_path_factory):
     student = load_model(str(make_model(folder / "m")), run)
     teacher = Teacher(str(make_model(folder / "t", seed=3)), 0.0, student, run)
     ys = [[30, 31, 32, 33, 5], [34, 35, 5]]
-    samples = [Sample({}, p, y, [-3.0, -4.0, -5.0, -2.0, -6.0][:len(y)], None, [0.5, -1.0, 2.0, 0.25, -3.0][:len(y)])
+    samples = [Sample(p, y, [-3.0, -4.0, -5.0, -2.0, -6.0][:len(y)], None, [0.5, -1.0, 2.0, 0.25, -3.0][:len(y)])
                for p, y in zip([[3, 20, 5, 4], [3, 21, 22, 5, 4]], ys)]
     return SimpleNamespace(run=run, student=student, teacher=teacher, samples=samples)
 
