@@ -31,7 +31,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -294,9 +294,9 @@ def token_weight(length: int, sequences: float, tokens: float, average: str) -> 
 
 
 def policy_loss(logp: Tensor, behaviour: Tensor, advantage: Tensor, is_cap: float) -> Tensor:
-    """-ratio A per token, ratio = student / sampler; where the cap binds the ratio is a constant factor, and the gradient stays."""
-    ratio = (logp - (behaviour if is_cap else logp.detach())).exp()
-    return -ratio * (ratio.detach().clamp(max=is_cap or math.inf) / ratio.detach()) * advantage
+    """-ratio A per token, ratio = min(student / sampler, cap); its gradient is -ratio A d log p, also where the cap binds."""
+    ratio = (logp.detach() - behaviour).exp().clamp(max=is_cap) if is_cap else 1.0
+    return -ratio * (1 + logp - logp.detach()) * advantage
 
 
 def gkd_loss(h_ND: Tensor, head: Head, target: list | TopK, micro: list[Sample], weight_N: Tensor, own: bool, args: Args) -> tuple[Tensor, dict]:
@@ -429,7 +429,7 @@ class Served:
                     raise InputError(f"--teacher-url {self.url}: the student ends its answers with {tokenizer.decode([stop])!r}, {self.name} does "
                                      "not; give a teacher that does, or --allow-eos-mismatch")
         except (RunError, KeyError, IndexError, TypeError) as error:
-            raise InputError(f"--teacher-url {self.url}: {error}; is a vLLM server ready there (vllm serve MODEL --max-logprobs {max(self.k, 1)})?") from error
+            raise InputError(f"--teacher-url {self.url}: {error}; is a vLLM server ready there, begun with --max-logprobs {max(self.k, 1)}?") from error
         return f"teacher {self.name} at {self.url}: {compared}, its EOS may be more than the student's {stops}"
 
 
@@ -460,22 +460,20 @@ def ask(teacher: Teacher | Served, pairs: list[tuple[list[int], list[int]]], run
     return told
 
 
-def consult(run: Run, teacher: Teacher | Served, questions: list[list[Sample]], save: Callable) -> list[list[Sample]]:
-    """Every sample with what the teacher says of it. When a rank gets no answer, or a wrong one, all save and stop together."""
-    args, problem, told = run.args, None, []
+def consult(run: Run, teacher: Teacher | Served, questions: list[list[Sample]]) -> tuple[list[list[Sample]], str]:
+    """Every sample with what the teacher says of it, and ""; or, on all ranks when one of them has no good answer, what went wrong."""
+    args, problem, told = run.args, "", []
     try:
         told = ask(teacher, [(s.prompt, s.y) for group in questions for s in group], run)
     except RunError as error:
-        problem = error
-    if run.sum(failed=problem is not None)["failed"]:
-        save()
-        words = [word for word in sys.argv if word != "--resume"]
-        raise RunError(f"{problem or 'another process lost its teacher'}; the run is saved, go on with: {shlex.join([*words, '--resume'])}") from problem
+        problem = str(error)
+    if run.sum(failed=bool(problem))["failed"]:
+        return [], problem or "another process lost its teacher"
     known = iter(told)
     heard = [[s._replace(told=next(known)) for s in group] for group in questions]
     if args.objective == "policy_gradient":
         heard = [[s._replace(advantage=advantages(s.logps, s.told.logp_N.tolist(), args.coef, args.discount)) for s in group] for group in heard]
-    return heard
+    return heard, ""
 
 
 def stop_ids(source: str, tokenizer: Any) -> list[int]:
@@ -619,7 +617,12 @@ def main(args: Args) -> None:
         # 2. Ask: what must come from a server, or is a constant of the policy gradient, comes before any weight moves.
         if early:
             with run.timer("teacher"):
-                questions = consult(run, teacher, questions, lambda: step > 1 and save_checkpoint(run, step - 1, student, None, optimizer, score))
+                questions, problem = consult(run, teacher, questions)
+            if problem:
+                if step > 1:
+                    save_checkpoint(run, step - 1, student, None, optimizer, score)
+                again = shlex.join([*(word for word in sys.argv if word != "--resume"), "--resume"])
+                raise RunError(f"{problem}; the run stands after step {step - 1}, go on with: {again}")
 
         # 3. Learn, one optimiser step per mini-batch of prompts.
         sums = dict.fromkeys(("loss", "divergence", "teacher_logp", "logp", "entropy", "mass_student", "mass_teacher", "ratio", "tokens"), 0.0)

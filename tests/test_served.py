@@ -238,7 +238,7 @@ def test_a_wrong_answer_stops_the_run(what, server, tiny, tmp_path, monkeypatch)
     server.trouble = spoil(change)
     steps, step = [], distill.optimizer_step
     monkeypatch.setattr(distill, "optimizer_step", lambda *a: (steps.append(1), step(*a))[1])
-    with pytest.raises(RunError, match=f"{message}.*nothing was trained on it; the run is saved, go on with: .* --resume"):
+    with pytest.raises(RunError, match=f"{message}.*nothing was trained on it; the run stands after step 1, go on with: .* --resume"):
         run_here("distill", tmp_path / "r", tiny, at(server))
     assert len(steps) == 1 and [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-00000001.pt"]
     server.trouble = None
@@ -304,7 +304,7 @@ def test_a_server_that_stays_away_leaves_a_checkpoint_and_one_sentence(server, t
             return True
     server.trouble = die
     monkeypatch.setattr(sys, "argv", ["distill.py", "--preset", "toy", "--resume"])
-    with pytest.raises(RunError, match=r"did not answer, tried 3 times \(.*\); the run is saved, go on with: distill.py --preset toy --resume$"):
+    with pytest.raises(RunError, match=r"did not answer, tried 3 times \(.*\); the run stands after step 3, go on with: distill.py --preset toy --resume$"):
         run_here("distill", tmp_path / "r", tiny, flags)
     assert sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir()) == ["step-00000002.pt", "step-00000003.pt"]
     server.trouble = None
@@ -389,7 +389,7 @@ def test_real_vllm_equals_the_local_teacher_and_may_die(tiny, tmp_path, monkeypa
                 process.wait()
         with monkeypatch.context() as patch:
             patch.setattr(Run, "log", die)
-            with pytest.raises(RunError, match="did not answer, tried 3 times .*the run is saved, go on with: .* --resume"):
+            with pytest.raises(RunError, match="did not answer, tried 3 times .*the run stands after step 2, go on with: .* --resume"):
                 run_here("distill", tmp_path / "cut", tiny, flags)
         process = serve(teacher, port)
         close(run_here("distill", tmp_path / "cut", tiny, flags + " --resume"), served, rel=1e-5)
