@@ -200,7 +200,7 @@ def start(args: Any, even: bool = True) -> Run:
 
 # Flags that may change between a run and its continuation: they decide where, when and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "overwrite", "dry_run", "tokens_per_batch", "sample_batch", "eval_every", "save_every",
-                  "wandb_project", "collect_only"}
+                  "wandb_project", "collect_only", "teacher_url", "teacher_retries", "teacher_timeout", "teacher_requests"}
 
 
 def claim_folder(run: Run, config: dict) -> None:
@@ -210,9 +210,9 @@ def claim_folder(run: Run, config: dict) -> None:
         try:
             run.out.mkdir(parents=True, exist_ok=True)
             held = any(row["step"] for row in read_jsonl(run.out / "metrics.jsonl"))       # a step was taken there, or work stored
-            held = held or any((run.out / name).exists() for name in ("collected", "revisions.jsonl"))
+            held = held or any((run.out / name).exists() for name in ("collected", "revisions.jsonl", "outputs"))
             if not held or (args["overwrite"] and not args["resume"]):
-                for name in ("metrics.jsonl", "samples.jsonl", "checkpoints", "best", "last", "collected", "revisions.jsonl"):
+                for name in ("metrics.jsonl", "samples.jsonl", "checkpoints", "best", "last", "collected", "revisions.jsonl", "outputs"):
                     remove(run.out / name)
                 file.write_text(json.dumps(config, indent=1))
             elif not args["resume"]:
@@ -300,13 +300,15 @@ class Head(NamedTuple):
 
 
 def head_of(model: nn.Module) -> Head:
-    layer, config = model.get_output_embeddings(), model.config
+    """All rows of the model's head, or the first `model.head_rows` where a pair of models is padded differently (`load_teacher`)."""
+    layer, config, rows = model.get_output_embeddings(), model.config, getattr(model, "head_rows", None)
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+    weight, bias = (layer.weight, layer.bias) if rows is None else (layer.weight[:rows], None if layer.bias is None else layer.bias[:rows])
+    return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None) or 0.0)
 
 
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a model folder or hub id; it must know how to write a chat."""
+def load_tokenizer(source: str, flag: str = "--model") -> Any:
+    """The tokenizer of a model folder or hub id; the student's must know how to write a chat."""
     from transformers import AutoTokenizer
     path = find(source)
     try:
@@ -314,13 +316,13 @@ def load_tokenizer(source: str) -> Any:
             raise OSError(f"no tokenizer file among {', '.join(sorted(os.listdir(path)))}")
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {source}: no tokenizer could be loaded from there ({first_line(error)}); give a folder or hub id "
+        raise InputError(f"{flag} {source}: no tokenizer could be loaded from there ({first_line(error)}); give a folder or hub id "
                          "that holds tokenizer.json beside the weights") from error
-    if not tokenizer.chat_template:
-        raise InputError(f"--model {source}: its tokenizer has no chat template; use an instruction-tuned model or save one "
+    if not tokenizer.chat_template and flag == "--model":
+        raise InputError(f"{flag} {source}: its tokenizer has no chat template; use an instruction-tuned model or save one "
                          "(tokenizer.chat_template = ..., tokenizer.save_pretrained(folder))")
     if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {source}: its tokenizer names no EOS token, so no completion would ever end; set tokenizer.eos_token")
+        raise InputError(f"{flag} {source}: its tokenizer names no EOS token, so no completion would ever end; set tokenizer.eos_token")
     return tokenizer
 
 
@@ -339,7 +341,7 @@ def load_model(source: str, run: Run, lora_rank: int = 0, dtype: torch.dtype = t
         raise InputError(f"--model {source}: no model could be loaded from there ({first_line(error)}); give a Hugging Face folder or "
                          "hub id") from error
     model = model.to(run.device).eval()
-    model.source_dtype = source_dtype                        # best/ and last/ are written in it
+    model.source, model.source_dtype = source, source_dtype  # best/ and last/ are written in this dtype
     if lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
         model = inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=linear_names(model)), model)
@@ -760,7 +762,7 @@ class Teacher:
     base   the student as it was at the start
     ema    teacher <- (1 - rate) teacher + rate student at each `update`, begun from the student in memory, in fp32
     trust_region   logits (1 - rate) base + rate live, both on the teacher's prompt
-    PATH   another model, folder or hub id, frozen
+    PATH   another model, frozen: folder, hub id, or a folder with a LoRA adapter over the student's first weights
     With LoRA, `base` and `ema` hold their own copy of the adapters and share the frozen weights under them.
     """
 
@@ -772,8 +774,7 @@ class Teacher:
             frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
             self.model = copy.deepcopy(student, frozen).requires_grad_(False)
         else:
-            self.model = load_model(kind, run, dtype=torch.bfloat16 if run.device.type == "cuda" else torch.float32).requires_grad_(False)
-            check_vocabularies(student, self.model, kind)
+            self.model = load_teacher(kind, student, run)
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(teacher's, student's) parameter for each one that is trained."""
@@ -807,18 +808,69 @@ class Teacher:
             t.data.copy_(saved)
 
 
-def check_vocabularies(student: nn.Module, teacher: nn.Module, name: str) -> None:
-    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+def is_adapter(source: str) -> bool:
+    return (Path(find(source)) / "adapter_config.json").exists()
+
+
+def load_teacher(source: str, student: nn.Module, run: Run) -> nn.Module:
+    """Another model of the student's vocabulary. Heads padded to different sizes are both cut to the smaller one, and that is said."""
+    rows = check_vocabularies(student.source, source)
+    model = load_model(student.source if is_adapter(source) else source, run, dtype=torch.bfloat16 if run.device.type == "cuda" else torch.float32)
+    model = merge_adapter(model, source) if is_adapter(source) else model
+    ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (student, model))
+    if min(ours, theirs) < rows:
+        raise InputError(f"--teacher {source}: the tokenizer has {rows} tokens, but the student's head has {ours} rows and the teacher's "
+                         f"{theirs}; they must cover one vocabulary")
     if ours != theirs:
-        raise InputError(f"--teacher {name}: it has {theirs} tokens and the student {ours}; they must share one vocabulary")
+        student.head_rows = model.head_rows = min(ours, theirs)
+        run.say(f"student and teacher share {rows} tokens, but their heads are padded to {ours} and {theirs} rows; "
+                f"both are cut to {min(ours, theirs)}")
+    return model.requires_grad_(False)
+
+
+def check_vocabularies(student: str, teacher: str) -> int:
+    """The number of token ids in use, the same tokens under the same ids on both sides; an adapter without a tokenizer has its base's."""
+    if is_adapter(teacher) and not any(Path(find(teacher)).glob("*token*")):
+        teacher = student
+    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher, "--teacher").get_vocab()
+    for token, i in sorted((ours.items() ^ theirs.items()), key=lambda item: item[1])[:1]:
+        raise InputError(f"--teacher {teacher} and --model {student} differ in vocabulary: token {token!r} is number {ours.get(token)} of the "
+                         f"student and {theirs.get(token)} of the teacher; they must share one tokenizer")
+    return max(ours.values()) + 1
+
+
+def merge_adapter(model: nn.Module, source: str) -> nn.Module:
+    """The model with a peft adapter added into its weights; one that does not fit them in name or shape is refused."""
+    from peft import PeftConfig, PeftModel
+    try:
+        config = PeftConfig.from_pretrained(find(source))
+        wrapped = PeftModel(model, config)
+        found = wrapped.load_adapter(find(source), "default")
+        strangers = [*found.missing_keys, *found.unexpected_keys]
+        if strangers:
+            raise ValueError(f"{strangers[0]} has no counterpart")
+        merged = wrapped.merge_and_unload()
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"--teacher {source}: this adapter does not fit the student's base {model.source} ({first_line(error)}); give the "
+                         "--model it was trained on, or a merged teacher") from error
+    return merged
 
 
 # ---------------------------------------------------------------- Loss: exact over the vocabulary, memory independent of tokens x vocabulary
+
+class TopK(NamedTuple):
+    """What a served teacher tells: the log-probs of its K likeliest tokens and of y. The rest of its mass is one number."""
+
+    ids_NK: Tensor
+    logps_NK: Tensor
+    logp_N: Tensor
+
+
 LOG_ZERO = -1e30                       # log 0, finite: 0 log 0 is 0, and an impossible token costs 1e30 p, not inf - inf
 BLOCK = {"cpu": 2**18, "cuda": 2**24}  # logits whose temporaries are alive at once: on CPU they never leave the cache
 
 
-def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, Head]], y_N: Tensor, weight_N: Tensor, *,
+def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, Head]] | TopK, y_N: Tensor, weight_N: Tensor, *,
                  divergence: Divergence = "forward_kl", beta: float = 0.5, support: Support = "full", topk: int = 100,
                  tail: bool = True, temperature: float = 1.0, behaviour_logp_N: Tensor | None = None,
                  is_cap: float = 0.0, clip: float = 0.0, chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
@@ -827,6 +879,7 @@ def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, He
     D      divergence of the student's next-token distribution p and the teacher's q, see `_divergence`
     q      softmax of sum_k c_k logits_k over the entries (c_k, h_k, head_k) of `teacher`: one with c = 1, or
            (1 - a, reference), (a, live) for a trust region. The teacher is a target; no gradient reaches it.
+           A TopK stands for the same q on support teacher_topk (its K, not `topk`) or sampled, at temperature 1.
     support  full | the `topk` tokens that the student or the teacher finds likeliest, the others lumped into one
            bucket (tail) or dropped and both sides renormalised | sampled: log p(y) - log q(y), reverse KL only
     ratio  min(p(y) / p_behaviour(y), is_cap), a constant; 1 without behaviour_logp_N, no cap at 0
@@ -845,18 +898,25 @@ def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, He
         raise ValueError(f"clip {clip}: it clamps the log-ratio of the reverse KL, not of {divergence}; choose divergence reverse_kl, or clip 0")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta {beta}: a share of the teacher (jsd) or of the forward KL (mixed), from 0 to 1")
-    if support.endswith("topk") and not 1 <= topk <= V:
+    if support.endswith("topk") and not isinstance(teacher, TopK) and not 1 <= topk <= V:
         raise ValueError(f"topk {topk}: the vocabulary has {V} tokens; choose 1 to {V}, or support full")
+    told = teacher if isinstance(teacher, TopK) else None
+    if told and (support not in ("teacher_topk", "sampled") or temperature != 1.0):
+        raise ValueError(f"support {support!r} at temperature {temperature}: a teacher's top-k serves support teacher_topk or sampled at 1")
+    teacher = [] if told else [entry for entry in teacher if entry[0] != 0]
+    shares = [share for share, _, _ in teacher]
     assert all(other.weight.shape[0] == V for _, _, other in teacher), "student and teacher differ in vocabulary"
 
-    teacher = [entry for entry in teacher if entry[0] != 0]
-    shares = [share for share, _, _ in teacher]
-
     def per_rows(z: Tensor, others: list[Tensor], n: Tensor):
-        t = others[0] if shares == [1] else sum(share * t for share, t in zip(shares, others, strict=True))
-        z, t, y = _cooled(z, temperature), _cooled(t, temperature), y_N[n].unsqueeze(-1)
-        log_p, p, log_q = _log_softmax(z), z.softmax(-1), _log_softmax(t)
-        logp, teacher_logp = log_p.gather(-1, y).squeeze(-1), log_q.gather(-1, y).squeeze(-1)
+        z, y = _cooled(z, temperature), y_N[n].unsqueeze(-1)
+        log_p, p = _log_softmax(z), z.softmax(-1)
+        logp = log_p.gather(-1, y).squeeze(-1)
+        if told:
+            teacher_logp = told.logp_N[n]
+        else:
+            t = _cooled(others[0] if shares == [1] else sum(share * t for share, t in zip(shares, others, strict=True)), temperature)
+            log_q = _log_softmax(t)
+            teacher_logp = log_q.gather(-1, y).squeeze(-1)
         one = torch.ones_like(logp)
         ratio = one if behaviour_logp_N is None else (logp - behaviour_logp_N[n]).exp().clamp(max=is_cap or math.inf)
 
@@ -867,8 +927,9 @@ def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, He
             D = _clipped(logp - teacher_logp, clip)
             grad = D.unsqueeze(-1) * _d_logp(p, y)
         else:
-            kept = (z if support == "student_topk" else t).topk(topk, sorted=False).indices
-            D, grad, mass_p, mass_q = _divergence_on(kept, log_p, log_q, divergence, beta, tail, clip)
+            kept = told.ids_NK[n] if told else (z if support == "student_topk" else t).topk(topk, sorted=False).indices
+            log_qK = told.logps_NK[n].to(z.dtype) if told else log_q.gather(-1, kept)
+            D, grad, mass_p, mass_q = _divergence_on(kept, log_p, log_qK, None if told else log_q, divergence, beta, tail, clip)
 
         factor = (weight_N[n] * ratio).to(z.dtype)
         entropy = -(p * log_p).sum(-1)
@@ -933,16 +994,18 @@ def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, kind: Diverg
             return torch.lerp(reverse[0], forward[0], beta), torch.lerp(reverse[1], forward[1], beta)
 
 
-def _divergence_on(kept: Tensor, log_p: Tensor, log_q: Tensor, kind: Divergence, beta: float,
+def _divergence_on(kept: Tensor, log_p: Tensor, log_qK: Tensor, log_q: Tensor | None, kind: Divergence, beta: float,
                    tail: bool, clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_divergence` on the kept tokens, plus one bucket for all the others (tail) or renormalised; and the masses kept.
 
-    The bucket's log-mass is summed over its tokens (1 - kept would cancel); its gradient is the softmax among them.
+    The bucket's log-mass is summed over its tokens (1 - kept would cancel); its gradient is the softmax among them. Where the
+    teacher's other tokens are not known (log_q is None), its bucket is 1 - kept, and at least what float32 can tell from 0.
     """
-    K, log_pK, log_qK = kept.shape[-1], log_p.gather(-1, kept), log_q.gather(-1, kept)
+    K, log_pK = kept.shape[-1], log_p.gather(-1, kept)
     mass_p, mass_q = log_pK.exp().sum(-1), log_qK.exp().sum(-1)
     if tail:
-        outside_p, outside_q = log_p.scatter(-1, kept, LOG_ZERO), log_q.scatter(-1, kept, LOG_ZERO)
+        outside_p = log_p.scatter(-1, kept, LOG_ZERO)
+        outside_q = (1 - mass_q.unsqueeze(-1)).clamp(min=torch.finfo(torch.float32).eps).log() if log_q is None else log_q.scatter(-1, kept, LOG_ZERO)
         log_pK = torch.cat([log_pK, outside_p.logsumexp(-1, keepdim=True)], -1)
         log_qK = torch.cat([log_qK, outside_q.logsumexp(-1, keepdim=True)], -1)
     else:
@@ -1544,6 +1607,9 @@ def save_checkpoint(run: Run, step: int, student: nn.Module, teacher: Teacher | 
 def load_checkpoint(run: Run, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
     """(steps done, scores so far) from the newest checkpoint with --resume; (0, {}) when there is none."""
     files = sorted((run.out / "checkpoints").glob("step-*.pt"))
+    if not files and run.main:                               # killed before its first checkpoint: it begins again
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            remove(run.out / name)
     if not (run.args.resume and files):
         return 0, {}
     state = torch.load(files[-1], map_location=run.device, weights_only=True)

@@ -54,6 +54,12 @@ ZERO = f"sdzero.py {ADD} --eval-every 4 --no-eval-revisions"
 GRPO = (f"sdpo.py --model toy:{{base}}/model {ADD} --policy-weight 1 --verifier toy:last --prompts-per-step 8 --steps 40 --max-completion-tokens 40 "
         "--eval-every 4")
 ZERO_LR = "--lr {1e-4|2e-4|4e-4}"
+
+LOCK = ("distill.py --model toy:lock-{base}/student --teacher toy:lock-{base}/teacher --data toy:lock-{base}/lock-train.jsonl --seed {seed} --eval-data "
+        "toy:lock-{base}/lock-eval.jsonl toy:lock-{base}/lock-prior.jsonl toy:lock-{base}/lock-train.jsonl --eval-every 8 --lr {1e-4|2e-4|4e-4|8e-4}")
+CLEAN = (f"distill.py --model toy:{{base}}/model --teacher toy:clean-0/teacher {ADD} --verifier exact --steps 80 --eval-every 4 --max-completion-tokens 12 "
+         "--lr {1e-4|2e-4|4e-4}")
+ONE = CLEAN.replace("toy:{base}/add-train.jsonl", "{one}").replace("--steps 80", "--steps 20 --prompts-per-step 1 --rollouts 256")
 CLAIMS: dict[str, Claim] = {
     "sdft-vs-sft": Claim(SDFT, {
         "SDFT": f"sdft.py {ZIG} {LR}",
@@ -104,6 +110,17 @@ CLAIMS: dict[str, Claim] = {
         "re-synchronised every 10 steps": f"{ZERO} --lr 2e-4 --model [[{SRT}]]/last --sync-every 10",
         "re-synchronised every 20 steps": f"{ZERO} --lr 2e-4 --model [[{SRT}]]/last --sync-every 20",
         "GRPO": f"{GRPO} {ZERO_LR}"}),
+    "distill-lock": Claim(["new skill", "at 256", "at 512", "at 1024", "tokens", "training prompts", "lock's prior"], {
+        **{f"on-policy, {d}": f"{LOCK} --divergence {d}" for d in ("jsd", "reverse_kl", "forward_kl")},
+        "half on-policy, jsd": f"{LOCK} --lmbda 0.5",
+        **{f"off-policy, {d}": f"{LOCK} --lmbda 0 --divergence {d}" for d in ("jsd", "reverse_kl", "forward_kl")},
+        "SFT": f"{LOCK} --lmbda 0 --objective sft"}),
+    "distill-add": Claim(["start", "new skill", "prior", *ATTEMPTS], {
+        **{f"on-policy, {d}": f"{CLEAN} --divergence {d}" for d in ("forward_kl", "reverse_kl", "jsd")},
+        "off-policy (the teacher's outputs), forward_kl": f"{CLEAN} --divergence forward_kl --lmbda 0 --outputs teacher",
+        "SFT on the teacher's outputs": f"{CLEAN} --objective sft --lmbda 0 --outputs teacher",
+        "sampled-token policy gradient": f"{CLEAN} --objective policy_gradient --is-cap inf",
+        "one prompt, 20 x 256 answers": ONE}),
 }
 
 # Test time: ten of the hard questions, sixteen attempts a step. The baseline's template has a blank line that this base never saw.
@@ -139,7 +156,11 @@ def run(command: str) -> Path:
 
 
 def at(command: str, base: int, seed: int, **more: int) -> Result:
-    command = command.format(base=base, seed=seed, **more)
+    one = OUT / f"one-{base}.jsonl"                          # a data set of one prompt
+    if "{one}" in command and not one.exists():
+        OUT.mkdir(parents=True, exist_ok=True)
+        one.write_text(json.dumps({"prompt": "add:4721+3855", "answer": "7576"}) + "\n")
+    command = command.format(base=base, seed=seed, one=os.path.relpath(one, ROOT), **more)
     earlier = [run(inner) for inner in re.findall(r"\[\[(.*?)\]\]", command)]
     out = run(re.sub(r"\[\[(.*?)\]\]", lambda match: os.path.relpath(run(match[1]), ROOT), command))
     read = lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -169,7 +190,15 @@ def before(result: Result) -> float:
     return sum(row.get("collect/rollouts", 0) for row in result.phase_one)
 
 
+def sequences(result: Result, n: int) -> float:
+    """Accuracy after n answers."""
+    return dict(curve(result))[n // (result.args["prompts_per_step"] * result.args["rollouts"])]
+
+
 MEASURES: dict[str, Callable[[Result], float]] = {
+    "at 256": lambda r: sequences(r, 256), "at 512": lambda r: sequences(r, 512), "at 1024": lambda r: sequences(r, 1024),
+    "tokens": lambda r: sum(row.get("train/tokens", 0) for row in r.metrics), "training prompts": lambda r: final(r, "eval/lock-train"),
+    "lock's prior": lambda r: final(r, "eval/lock-prior"),
     "new skill": final, "prior": lambda r: final(r, "eval/prior-eval"), "add": lambda r: final(r, "eval/add-eval"), "start": lambda r: curve(r)[0][1],
     "attempts to .8": lambda r: attempts_to(r, 0.8), "attempts to .9": lambda r: attempts_to(r, 0.9), "attempts to .95": lambda r: attempts_to(r, 0.95),
     "with phase 1 to .9": lambda r: before(r) + attempts_to(r, 0.9), "with phase 1 to .95": lambda r: before(r) + attempts_to(r, 0.95),

@@ -39,14 +39,15 @@ def make_model(folder: Path, family: str = "qwen3", seed: int = 0, **changes) ->
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> SimpleNamespace:
-    """`model`: a random Qwen3 folder; `data`: 24 rows with demonstrations of unequal length; `eval`: 8 rows with answers."""
+    """`model`, `teacher`: random Qwen3 folders; `data`: 24 rows with demonstrations of unequal length; `eval`: 8 rows with answers."""
     folder = tmp_path_factory.mktemp("tiny")
     make_model(folder / "model")
+    make_model(folder / "teacher", seed=6)
     digits = ["4721", "38", "905", "1", "66", "7203", "418", "59"]
-    rows = [{"prompt": f"zig:{d}{i % 10}", "privileged_context": "so" + "".join(f"{a}>{i % 7};" for a in d), "answer": d} for i in range(3) for d in digits]
+    rows = [{"prompt": f"zig:{d}{i % 10}", "privileged_context": "so" + "".join(f"{a}>{i % 7};" for a in d), "answer": d, "completion": d[::-1]} for i in range(3) for d in digits]
     for name, part in (("data", rows), ("eval", rows[:8])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return SimpleNamespace(folder=folder, model=folder / "model", data=folder / "data.jsonl", eval=folder / "eval.jsonl")
+    return SimpleNamespace(folder=folder, model=folder / "model", teacher=folder / "teacher", data=folder / "data.jsonl", eval=folder / "eval.jsonl")
 
 
 def launch(command: str, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -72,6 +73,7 @@ def run_here(script: str, out: Path, tiny: SimpleNamespace, flags: str = "") -> 
 def flags_of(script: str, out: Path, tiny: SimpleNamespace, more: str = "") -> str:
     """Three steps of a script on the tiny model, small enough for any test."""
     own = {"sdft": "--skip-tokens 1", "sdpo": "--rollouts 3 --eval-samples 1 --eval-temperature 0",
-           "srt": "--collect-batch 6 --keep all --eval-temperature 0", "sdzero": "--phrases qwen --eval-temperature 0"}
+           "srt": "--collect-batch 6 --keep all --eval-temperature 0", "sdzero": "--phrases qwen --eval-temperature 0",
+           "distill": f"--teacher {tiny.teacher} --verifier exact --eval-temperature 0"}
     return (f"--model {tiny.model} --data {tiny.data} --eval-data {tiny.eval} --max-completion-tokens 30 --max-prompt-tokens 64 --prompts-per-step 8 --steps 3 "
             f"--warmup 1 --lr 1e-3 --out {out} {own[script]} {more}")

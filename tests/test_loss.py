@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import Head, distill_loss, token_loss, token_stats
+from common import Head, TopK, distill_loss, token_loss, token_stats
 
 N, D, V, K = 19, 6, 13, 4
 KINDS = ["forward_kl", "reverse_kl", "jsd", "mixed"]
@@ -649,3 +649,48 @@ def test_cuda_half_precision_products_keep_float32_logits(autocast):
     exact = (weight.double().cuda() * each).sum()
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
     assert relative(gradients(loss, h, head), gradients(exact, h_64, Head(W_64))) < 1e-2
+
+
+# A teacher of which only the top k is known.
+
+def topk_of(t, y, k=K, dtype=None):
+    log_q = t.log_softmax(-1).detach()
+    kept = log_q.topk(k, sorted=False).indices
+    return TopK(kept, log_q.gather(-1, kept).to(dtype or t.dtype), log_q.gather(-1, y[:, None])[:, 0].to(dtype or t.dtype))
+
+
+@pytest.mark.parametrize("support, tail", [("teacher_topk", True), ("teacher_topk", False), ("sampled", True)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_teachers_top_k_from_outside_equals_the_teacher(dtype, kind, support, tail):
+    """Loss, gradients and statistics, in chunks, with ratio and tokens of weight 0; in float32 as a server sends them, to its noise."""
+    if support == "sampled" and kind != "reverse_kl":
+        return
+    h, head, teacher, y, weight = problem(dtype=dtype)
+    (_, h_t, head_t), = teacher
+    behaviour = token_stats(h.detach(), head, y)[0] + 0.3
+    options = dict(divergence=kind, beta=0.3, support=support, topk=K, tail=tail, behaviour_logp_N=behaviour, is_cap=1.5, chunk=5)
+    ours, stats = distill_loss(h, head, topk_of(head_t.logits(h_t), y), y, weight, **options)
+    local, expected = distill_loss(h, head, teacher, y, weight, **options)
+    exact = dtype == torch.float64
+    assert ours.item() == pytest.approx(local.item(), rel=1e-12 if exact else 1e-5)
+    assert relative(gradients(ours, h, head), gradients(local, h, head)) <= (1e-10 if exact else 1e-5)
+    for name, stat in stats.items():
+        torch.testing.assert_close(stat, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_tail_that_rounding_took_is_small_and_not_nothing():
+    """Float32 log-probs that sum to 1 or more: the rest is at least what float32 can tell, so that the reverse KL stays finite and moderate."""
+    h, W = torch.zeros(1, 2), torch.zeros(5, 2)
+    for logps in ([math.log(0.75), math.log(0.25)], [math.log(0.75) + 1e-6, math.log(0.25)]):
+        told = TopK(torch.tensor([[0, 1]]), torch.tensor([logps]), torch.tensor([-1.0]))
+        loss, _ = distill_loss(h, Head(W), told, torch.tensor([0]), torch.ones(1), divergence="reverse_kl", support="teacher_topk")
+        want = sum(0.2 * math.log(0.2 / q) for q in (0.75, 0.25)) + 0.6 * math.log(0.6 / 2**-23)
+        assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(support="full"), dict(support="student_topk"), dict(support="teacher_topk", temperature=2.0)])
+def test_what_a_top_k_cannot_give_is_refused(options):
+    h, head, teacher, y, weight = problem()
+    with pytest.raises(ValueError, match="a teacher's top-k serves"):
+        distill_loss(h, head, topk_of(torch.randn(N, V), y), y, weight, topk=K, **options)

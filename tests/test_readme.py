@@ -12,7 +12,7 @@ import common
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.split("#")[0].strip()]
-SCRIPTS = ("sdft", "sdpo", "srt", "sdzero")
+SCRIPTS = ("sdft", "sdpo", "srt", "sdzero", "distill")
 OURS = [c for c in COMMANDS if re.search(r"\b\w+\.py\b", c)]
 
 

@@ -13,7 +13,7 @@ from conftest import ROOT, flags_of, launch, metrics_of, run_here
 
 import common
 
-SCRIPTS = ["sdft", "sdpo", "srt", "sdzero"]
+SCRIPTS = ["sdft", "sdpo", "srt", "sdzero", "distill"]
 VOLATILE = ("time/", "memory/")
 
 
@@ -39,6 +39,8 @@ def test_processes_and_micro_batches_do_not_change_the_numbers(script, more, tin
     if script == "sdpo":
         (tmp_path / "judge.py").write_text(JUDGE)
         more += f" --mini-batch 4 --verifier {tmp_path}/judge.py:judge"
+    if script == "distill":
+        more += " --mini-batch 4 --lmbda 0.5 --outputs teacher --rollouts 2"
     one = run_here(script, tmp_path / "1", tiny, more)
     assert one[1]["rollout/length"] > 3 and one[1]["train/grad_norm"] > 0
     small = run_here(script, tmp_path / "small", tiny, more + " --tokens-per-batch 8 --sample-batch 3")
@@ -112,6 +114,20 @@ def test_resume_continues_bit_for_bit(more, tiny, tmp_path, monkeypatch):
     assert not equal(a["student"], checkpoint(tmp_path / "cut", 4)["student"])
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
     assert samples[0] == samples[1]
+
+
+def test_resuming_a_run_without_a_checkpoint_begins_again(tiny, tmp_path, monkeypatch):
+    """And does not log its first steps twice."""
+    log = common.Run.log
+    def die(self, step, metrics):
+        log(self, step, metrics)
+        if step == 2:
+            raise MemoryError
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log", die)
+        with pytest.raises(MemoryError):
+            run_here("sdft", tmp_path / "r", tiny)
+    assert [r["step"] for r in run_here("sdft", tmp_path / "r", tiny, "--resume")] == [0, 1, 2, 3]
 
 
 def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
@@ -238,5 +254,5 @@ def test_non_finite_gradients_skip_and_then_stop(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_importing_a_script_does_nothing_and_help_needs_no_world(script, tmp_path):
     done = launch(f"{script}.py --help")
-    assert done.returncode == 0 and "--max-completion-tokens" in done.stdout and "Eq." in done.stdout
+    assert done.returncode == 0 and "--max-completion-tokens" in done.stdout and "minimise" in done.stdout
     assert subprocess.run([sys.executable, "-c", f"import {script}"], cwd=ROOT, capture_output=True, text=True).stdout == ""

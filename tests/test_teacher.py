@@ -1,12 +1,13 @@
 """The teacher moves by the rule, in fp32, from the weights in memory, and never receives a gradient."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model
 
-from common import InputError, Run, Teacher, load_model, make_optimizer, on_completions
+from common import InputError, Run, Teacher, head_of, load_model, make_optimizer, on_completions
 
 PAIRS = [([3, 20, 21, 5, 4], [30, 31, 5]), ([3, 22, 5, 4], [32, 33, 34, 35, 5])]
 ARGS = dict(out="/nowhere", seed=0, dtype="auto", lr=1e-3, adam_betas=(0.9, 0.999), weight_decay=0.0)
@@ -125,8 +126,72 @@ def test_distance_is_relative(student, run):
 def test_another_model_as_teacher(tmp_path, student, run):
     other = make_model(tmp_path / "other", "llama", seed=5)
     assert not torch.allclose(logits(Teacher(str(other), 0.1, student, run)), student_logits(student, run), atol=0.1)
-    with pytest.raises(InputError, match="share one vocabulary"):
-        Teacher(str(make_model(tmp_path / "wide", vocab_size=120)), 0.1, student, run)
+
+
+@pytest.mark.parametrize("ours, theirs", [(89, 120), (120, 89), (100, 120)])
+def test_heads_padded_to_different_sizes_are_cut_to_the_smaller(ours, theirs, tmp_path, run, capsys):
+    """Both sides, in scoring and sampling; the saved folder keeps its rows, and a whole head stays the very tensor."""
+    student = load_model(str(make_model(tmp_path / "ours", vocab_size=ours)), run)
+    assert head_of(student).weight is student.lm_head.weight
+    teacher = Teacher(str(make_model(tmp_path / "theirs", vocab_size=theirs, seed=5)), 0.1, student, run)
+    n = min(ours, theirs)
+    assert f"padded to {ours} and {theirs} rows; both are cut to {n}" in capsys.readouterr().out
+    assert logits(teacher).shape == student_logits(student, run).shape == (8, n)
+    assert torch.equal(head_of(student).weight, student.lm_head.weight[:n]) and student.lm_head.weight.shape[0] == ours
+    with torch.no_grad():
+        plain = teacher.model(torch.tensor([PAIRS[0][0] + PAIRS[0][1]])).logits[0, 4:-1, :n]
+    assert torch.allclose(logits(teacher)[:3], plain, atol=1e-5)
+
+
+def test_a_head_that_does_not_cover_the_tokenizer_is_refused(tmp_path, student, run):
+    with pytest.raises(InputError, match="the tokenizer has 89 tokens, but .* 89 rows and the teacher's 80"):
+        Teacher(str(make_model(tmp_path / "small", vocab_size=80)), 0.1, student, run)
+
+
+def test_another_tokenizer_is_refused_by_its_first_token(tmp_path, student, run):
+    other = make_model(tmp_path / "other")
+    file = other / "tokenizer.json"
+    words = json.loads(file.read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["zig"], vocabulary["zag"] = vocabulary["zag"], vocabulary["zig"]
+    file.write_text(json.dumps(words))
+    with pytest.raises(InputError, match="other and --model .*/m differ in vocabulary: token 'z[ai]g' is number"):
+        Teacher(str(other), 0.1, student, run)
+
+
+def adapter(folder, base, **changes):
+    """A LoRA adapter as peft saves it, its weights not zero; and the model with it."""
+    from peft import LoraConfig, get_peft_model
+    import transformers
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **changes}))
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = torch.randn_like(p) * 0.3
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_a_lora_adapter_over_the_students_base(tmp_path, student, run):
+    """Its base is the folder the student came from, not the student as it is now."""
+    model = adapter(tmp_path / "adapter", tmp_path / "m")
+    nudge(student)
+    teacher = Teacher(str(tmp_path / "adapter"), 0.1, student, run)
+    with torch.no_grad():
+        theirs = torch.cat([model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1:-1] for prompt, y in PAIRS])
+    assert torch.allclose(logits(teacher), theirs, atol=1e-4) and not torch.allclose(theirs, student_logits(student, run), atol=0.1)
+    assert not any("lora" in name or p.requires_grad for name, p in teacher.model.named_parameters())
+
+
+@pytest.mark.parametrize("other, changes", [(dict(hidden_size=48), {}), ({}, dict(target_modules=["gate_proj"]))], ids=["shapes", "names"])
+def test_an_adapter_that_does_not_fit_is_refused(other, changes, tmp_path, student, run):
+    adapter(tmp_path / "adapter", make_model(tmp_path / "other", **other), **changes)
+    if changes:                                              # weights for layers that the adapter's own config does not name
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    with pytest.raises(InputError, match="this adapter does not fit the student's base .*/m"):
+        Teacher(str(tmp_path / "adapter"), 0.1, student, run)
 
 
 def test_two_teacher_passes_are_the_same_while_the_student_trains(tmp_path, run):

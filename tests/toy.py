@@ -214,7 +214,10 @@ def last(completion: str, row: dict) -> float:
 
 
 def lock(completion: str, row: dict) -> float:
-    """Opened within four attempts, the last one says " ok", and its key truly opens this lock: a false " ok" fails."""
+    """Opened within four attempts, the last one says " ok", and its key truly opens this lock: a false " ok" fails. Of the world's
+    other tasks, which have no key, the whole answer counts."""
+    if "key" not in row:
+        return float(completion.strip() == row["answer"])
     attempts = re.fullmatch("(?:[0-9]{3} no){0,3}([0-9])[0-9]{2} ok", completion)
     return float(attempts is not None and attempts[1] == row["key"])
 
