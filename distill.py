@@ -13,7 +13,8 @@ Run    python distill.py                                              # the lapt
        torchrun --nproc-per-node 8 distill.py --preset tml-math       # the sampled-token policy gradient of Thinking Machines
        python distill.py --support teacher_topk --topk 64 --teacher-url http://localhost:8000/v1    # vllm serve ... --max-logprobs 64
 Differs from the papers: GKD distilled T5, here both are decoders; jsd at beta = 0 and 1 is refused, because it vanishes there
-and the two KLs are flags of their own. Thinking Machines sum over tokens, here it is a mean: Adam sees no difference.
+and the two KLs are flags of their own. Thinking Machines sum over tokens, here it is a mean: Adam sees no difference. GSM8K's
+fixed outputs end in \\boxed{} instead of "####", as the prompt asks.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ import torch
 from torch import Tensor
 
 from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunError, Sampler, Support, Teacher, TopK, as_messages, barrier,
-                    batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find, finish, fit, is_adapter,
-                    launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer,
-                    micro_batches, on_completions, optimizer_step, read_jsonl, save_checkpoint, start, token_loss, token_stats)
+                    batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find, finish, fit, head_of,
+                    is_adapter, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier,
+                    make_optimizer, micro_batches, on_completions, optimizer_step, read_jsonl, save_checkpoint, start, token_loss, token_stats)
 
 
 @dataclass
@@ -427,7 +428,7 @@ class Served:
                     raise InputError(f"--teacher-url {self.url}: the student ends its answers with {tokenizer.decode([stop])!r}, {self.name} does "
                                      "not; give a teacher that does, or --allow-eos-mismatch")
         except (RunError, KeyError, IndexError, TypeError) as error:
-            raise InputError(f"--teacher-url {self.url}: {error}; is a vLLM server ready there, begun with --max-logprobs {max(self.k, 1)}?") from error
+            raise InputError(f"--teacher-url {self.url}: {error}; is a vLLM server ready there, with --max-logprobs {max(self.k, 1)}?") from error
         return f"teacher {self.name} at {self.url}: {compared}, its EOS may be more than the student's {stops}"
 
 
@@ -585,6 +586,8 @@ def main(args: Args) -> None:
         return run.say(f"student and teacher read: {tokenizer.decode(train[0]['prompt_ids'])}{shown}")
 
     student = load_model(args.model, run, args.lora_rank)
+    if served:
+        served.vocabulary = head_of(student).weight.shape[0]                        # a padded head may sample beyond the tokenizer
     teacher = served or (Teacher(args.teacher, 0.0, student, run) if needs_teacher(args) else None)
     sampler, early = Sampler(tokenizer, student, args), served is not None or args.objective == "policy_gradient"
     optimizer = make_optimizer(student, args)

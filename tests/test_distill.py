@@ -263,16 +263,19 @@ def test_the_policy_gradient_is_on_average_the_gradient_of_the_reverse_kl():
 
 # ---- The loop
 
-def test_the_advantage_is_that_of_the_sampled_tokens(tiny, tmp_path, monkeypatch):
-    """coef, discount, sampler and teacher meet in the loop: recomputed from the samples that the loss is given."""
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_advantage_is_that_of_the_sampled_tokens(temperature, tiny, tmp_path, monkeypatch):
+    """coef, discount, sampler and teacher meet in the loop, both sides at one temperature: recomputed from what the loss is given."""
     seen, loss = [], distill.gkd_loss
     monkeypatch.setattr(distill, "gkd_loss", lambda h, head, target, micro, *rest: (seen.extend(micro), loss(h, head, target, micro, *rest))[1])
-    run_here("distill", tmp_path / "r", tiny, "--objective policy_gradient --coef 0.5 --discount 0.25 --steps 1")
+    run_here("distill", tmp_path / "r", tiny, "--objective policy_gradient --coef 0.5 --discount 0.25 --steps 1 "
+             f"--temperature {temperature} --loss-temperature {temperature}")
     run = Run(SimpleNamespace(out="/nowhere", dtype="auto"))
     student, teacher = load_model(str(tiny.model), run), load_model(str(tiny.teacher), run)
     assert len(seen) == 8
     for s in seen:
-        a = -0.5 * (of_y(logps(student, s), s) - of_y(logps(teacher, s), s))
+        ours, theirs = (of_y((logps(model, s) / temperature).log_softmax(-1), s) for model in (student, teacher))
+        a = -0.5 * (ours - theirs)
         want = [sum(0.25 ** (k - t) * a[k] for k in range(t, len(a))) for t in range(len(a))]
         assert s.advantage == pytest.approx([x.item() for x in want], abs=1e-4)
 

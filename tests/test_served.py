@@ -279,9 +279,10 @@ def test_passing_trouble_is_tried_again(what, server, tiny, tmp_path):
                 time.sleep(1)
             else:
                 handler.send(200, b"", length=len(text))
-                for letter in text:
+                for letter in text[:60]:                     # three seconds, no pause of which is long
                     handler.wfile.write(bytes([letter]))
                     time.sleep(0.05)
+                handler.wfile.write(text[60:])
             return True
     server.trouble = trouble
     began = time.monotonic()
