@@ -1689,20 +1689,23 @@ def evaluate(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, evals
     return metrics
 
 
-def evaluate_revision(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, rows: list[dict], verify: Callable, reviser: Reviser) -> dict[str, float]:
+def evaluate_revision(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, rows: list[dict], verify: Callable,
+                      reviser: Reviser) -> dict[str, float]:
     """Generate, then revise (SD-Zero, section 5): one answer to each row, its verdict picks the phrase, the model goes on in its own turn."""
     args, mine = run.args, rows[run.rank::run.world]
     how = dict(temperature=args.eval_temperature, top_p=args.eval_top_p)
+    judge = lambda answers: [reward >= SOLVED for reward, _ in grade(verify, [
+        (tokenizer.decode(y.ids, skip_special_tokens=True), row) for y, row in zip(answers, mine)])]
     with run.timer("eval"):
         first = sampler.each(model, [row["prompt_ids"] for row in mine], [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 0), **how)
-        texts = [tokenizer.decode(y.ids, skip_special_tokens=True) for y in first]
-        right = [reward >= SOLVED for reward, _ in grade(verify, list(zip(texts, mine)))]
+        right = judge(first)
         prompts = [row["prompt_ids"] + without_eos(y) + reviser.phrase_ids(tokenizer, r) for row, y, r in zip(mine, first, right)]
         second = sampler.each(model, prompts, [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 1), **how)
-        revised = [reward >= SOLVED for reward, _ in grade(verify, [(tokenizer.decode(y.ids, skip_special_tokens=True), row) for y, row in zip(second, mine)])]
+        revised = judge(second)
         t = run.sum(n=len(mine), right=sum(right), revised=sum(revised), kept=sum(a and b for a, b in zip(right, revised)),
-                    corrected=sum(b and not a for a, b in zip(right, revised)), first=sum(len(y.ids) for y in first), second=sum(len(y.ids) for y in second))
-    return {"revise/first": t["right"] / t["n"], "revise/revised": t["revised"] / t["n"], "revise/wrong_to_right": t["corrected"] / max(t["n"] - t["right"], 1),
+                    first=sum(len(y.ids) for y in first), second=sum(len(y.ids) for y in second))
+    return {"revise/first": t["right"] / t["n"], "revise/revised": t["revised"] / t["n"],
+            "revise/wrong_to_right": (t["revised"] - t["kept"]) / max(t["n"] - t["right"], 1),
             "revise/right_to_right": t["kept"] / max(t["right"], 1), "revise/first_length": t["first"] / t["n"], "revise/length": t["second"] / t["n"]}
 
 

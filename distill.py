@@ -41,7 +41,7 @@ from torch import Tensor
 from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunError, Sampler, Support, Teacher, TopK, as_messages, barrier,
                     batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find, finish, fit, head_of,
                     is_adapter, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier,
-                    make_optimizer, micro_batches, on_completions, optimizer_step, read_jsonl, save_checkpoint, start, token_loss, token_stats)
+                    make_optimizer, micro_batches, on_completions, optimizer_step, read_jsonl, save_checkpoint, start, step_rows, token_loss, token_stats)
 
 
 @dataclass
@@ -259,10 +259,10 @@ def fixed_outputs(train: list[dict], steps: int, teacher: Any, tokenizer: Any, r
         return {row["id"]: Rollout(row["output"], [0.0] * len(row["output"]), True) for row in train}
     read = lambda: {o["row"]: Rollout(o["ids"], o["logps"], o["finished"]) for file in sorted(folder.glob("*.jsonl")) for o in read_jsonl(file)}
     folder.mkdir(exist_ok=True)
-    known, everyone, file = read(), SimpleNamespace(rank=0, world=1), folder / f"{run.rank}.jsonl"
+    known, file = read(), folder / f"{run.rank}.jsonl"
     barrier(run)                                             # all have read before anyone writes
     met = {row["id"]: row for step in range(1, steps + 1) if not on_policy(args, step)
-           for row in batch_rows(train, step, args.prompts_per_step, everyone, args.seed)}
+           for row in step_rows(train, step, args.prompts_per_step, args.seed)}
     mine, sampler = [row for i, row in sorted(met.items()) if i not in known][run.rank::run.world], Sampler(tokenizer, teacher.model, args)
     run.say(f"the teacher answers the rows of the off-policy steps: {len(met)}, of which {len(met.keys() & known.keys())} are there already")
     lines = file.read_text() if file.exists() else ""

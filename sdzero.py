@@ -191,7 +191,8 @@ def math_messages(problem: str) -> list[dict]:
 
 
 def code_messages(problem: str) -> list[dict]:
-    return [{"role": "system", "content": "You are a helpful assistant that solves coding problems step by step."}, {"role": "user", "content": problem}]
+    return [{"role": "system", "content": "You are a helpful assistant that solves coding problems step by step."},
+            {"role": "user", "content": problem}]
 
 
 def read_reviser(args: Args) -> Reviser:

@@ -198,7 +198,8 @@ def math_messages(problem: str) -> list[dict]:
 
 
 def code_messages(problem: str) -> list[dict]:
-    return [{"role": "system", "content": "You are a helpful assistant that solves coding problems step by step."}, {"role": "user", "content": problem}]
+    return [{"role": "system", "content": "You are a helpful assistant that solves coding problems step by step."},
+            {"role": "user", "content": problem}]
 
 
 def tokenize(rows: list[dict], tokenizer: Any, args: Args) -> list[dict]:
@@ -213,7 +214,8 @@ def tokenize(rows: list[dict], tokenizer: Any, args: Args) -> list[dict]:
     return kept
 
 
-def collect(run: Run, student: torch.nn.Module, sampler: Sampler, rows: list[dict], tokenizer: Any, verify: Callable, reviser: Reviser, args: Args) -> bool:
+def collect(run: Run, student: torch.nn.Module, sampler: Sampler, rows: list[dict], tokenizer: Any, verify: Callable, reviser: Reviser,
+            args: Args) -> bool:
     """Section 3.1, phase 1: revisions.jsonl, one line for each revision (rft: attempt), kept or not, with all that made it.
 
     Every batch of questions is a file of its own, written aside and renamed, so that a killed collection repeats at most one

@@ -98,8 +98,7 @@ CLAIMS: dict[str, Claim] = {
         "joint": f"{SRT} --loss joint",
         "joint, unfiltered": f"{SRT} --loss joint --keep all",
         "sequential, unfiltered": f"{SRT} --keep all",
-        "RFT, 256 attempts": f"{SRT} --method rft",
-        "RFT, 4096 attempts": f"{SRT} --method rft --questions 4096"}),
+        **{f"RFT, {n} attempts": f"{SRT} --method rft --questions {n}" for n in (512, 1024, 2048, 4096)}}),
     "sdzero-vs-grpo": Claim(["start", "new skill", "prior", *ATTEMPTS, "with phase 1 to .9", "with phase 1 to .95", "seconds"], {
         "SD-Zero": f"{ZERO} {ZERO_LR} --model [[{SRT}]]/last",
         "reverse KL, all tokens (Eq. 4)": f"{ZERO} {ZERO_LR} --model [[{SRT}]]/last --divergence reverse_kl --support full",
