@@ -90,7 +90,7 @@ CLAIMS: dict[str, Claim] = {
         "reverse KL, sampled token": f"sdpo.py {MUL} {RL} --divergence reverse_kl --support sampled"}, TWICE),
     "sdpo-teachers": Claim(SDPO, {
         **{f"{teacher} teacher": f"sdpo.py {MUL} {RL} --teacher {teacher}" for teacher in TEACHERS},
-        **{f"{teacher} teacher": f"sdpo.py {MUL} --lr 1e-3 --teacher {teacher}" for teacher in TEACHERS}}, TWICE),
+        **{f"{teacher} teacher, too fast": f"sdpo.py {MUL} --lr 1e-3 --teacher {teacher}" for teacher in TEACHERS}}, TWICE),
     "srt-losses": Claim(["new skill", "prior", "wrong to right, before", "wrong to right", "right to right", "length", "seconds"], {
         "generation, then revision (--loss sequential)": SRT,
         "revision": f"{SRT} --loss revision",

@@ -197,6 +197,14 @@ def test_kl_to_the_initial_model_is_really_applied(world):
     assert loss_of(world, kl_coef=0.3)[0].item() - loss_of(world)[0].item() == pytest.approx(0.3 * kl, rel=1e-4)
 
 
+def test_advantages_are_clipped_by_flag(world):
+    """Table 12: the log-ratio of student and teacher counts up to +-clip."""
+    clipped = lambda p, q, t: (p.exp() * (p - q).clamp(-0.5, 0.5)).sum().item()
+    want = sum(sum(d) / len(d) for d in per_token(world, clipped)) / 2
+    assert loss_of(world, divergence="reverse_kl", advantage_clip=0.5)[0].item() == pytest.approx(want, rel=1e-5)
+    assert abs(loss_of(world, divergence="reverse_kl")[0].item() - want) > 1e-2
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_importance_ratio_by_hand(world, level):
     """Trap 40: min(student / sampler, cap), for each token or as its mean over the attempt."""
@@ -226,8 +234,14 @@ def test_teacher_moves_once_per_batch_and_weights_once_per_mini_batch(tiny, tmp_
     update, step = Teacher.update, sdpo.optimizer_step
     monkeypatch.setattr(Teacher, "update", lambda self: (calls.append("teacher"), update(self))[1])
     monkeypatch.setattr(sdpo, "optimizer_step", lambda *a: (calls.append("step"), step(*a))[1])
-    run_here("sdpo", tmp_path / "r", tiny, f"{judge} --steps 2 --mini-batch 2 --prompts-per-step 4")
-    assert calls == ["step", "step", "teacher"] * 2
+    score = sdpo.on_completions
+    monkeypatch.setattr(sdpo, "on_completions", lambda model, pairs, *rest: (calls.append(pairs), score(model, pairs, *rest))[1])
+    run_here("sdpo", tmp_path / "r", tiny, f"{judge} --steps 2 --mini-batch 2 --prompts-per-step 4 --solution-from none --feedback-on all")
+    assert [c for c in calls if isinstance(c, str)] == ["step", "step", "teacher"] * 2
+    parts = [c for c in calls if not isinstance(c, str)]
+    assert [len(part) for part in parts] == [6] * 4          # two questions of three attempts, each question in one mini-batch only
+    for first, second in (parts[:2], parts[2:]):
+        assert not {tuple(prompt) for prompt, _ in first} & {tuple(prompt) for prompt, _ in second}
 
 
 def test_scored_pairs_belong_together(tiny, tmp_path, judge, monkeypatch):

@@ -167,6 +167,9 @@ def test_divergence_on_right_and_wrong_answers_and_its_picture(tiny, tmp_path, j
         low, high = sorted((r["distill/divergence_right"], r["distill/divergence_wrong"]))
         assert low < r["distill/divergence"] < high
     assert (tmp_path / "r" / "localisation.png").stat().st_size > 5000
+    (tmp_path / "all.py").write_text("def right(completion, row):\n    return 1.0\n")
+    for r in run_here("sdzero", tmp_path / "all", tiny, f"--verifier {tmp_path}/all.py:right")[1:]:
+        assert r["distill/divergence_right"] == pytest.approx(r["distill/divergence"]) and r["distill/divergence_wrong"] == pytest.approx(0, abs=1e-6)
 
 
 def test_sampled_text_is_graded_not_the_phrase(tiny, tmp_path, monkeypatch):
