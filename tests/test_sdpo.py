@@ -387,11 +387,13 @@ def test_the_search_ends_with_the_first_success(search, solver, tiny, tmp_path, 
             prompts.append({tuple(p) for p in asked})
         return each(self, model, asked, keys, stream, **how)
     monkeypatch.setattr(common.Sampler, "each", watched)
-    rows = run_here("sdpo", tmp_path / "r", tiny, f"{solver} --search {search} --max-teacher-tokens 64 --teacher-chat-kwargs {{}}")
+    rows = run_here("sdpo", tmp_path / "r", tiny, f"{solver} --search {search} --max-teacher-tokens 200 --teacher-chat-kwargs {{}}")
     assert [(r["search/attempts"], r["search/solved"]) for r in rows[1:]] == [(4, 0), (8, 0), (11, 1)]
     assert json.loads((tmp_path / "r" / "solution.json").read_text())["attempt"] == 11
     assert len(steps) == (2 if search == "sdpo" else 0) and all(len(p) == 1 for p in prompts)
     assert len(set.union(*prompts)) == (3 if search == "multi_turn" else 1)
+    question, four, eight = (len(next(iter(p))) for p in prompts)
+    assert search != "multi_turn" or eight - four == 4 * 5 < four - question        # four more pieces of feedback, each with a blank line
 
 
 def test_multi_turn_reads_the_question_and_the_newest_feedback_that_fits():
