@@ -1727,7 +1727,7 @@ def finish(run: Run, model: nn.Module, tokenizer: Any, score: dict) -> None:
 
 
 def draw_curves(out: Path) -> None:
-    """curves.png from metrics.jsonl: evaluation, loss, divergence, length over steps."""
+    """curves.png from metrics.jsonl: evaluation, loss, divergence, length over steps; none where a search ended before any of them."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1737,6 +1737,8 @@ def draw_curves(out: Path) -> None:
               "distill/divergence": ["distill/divergence"], "reward": ["rollout/reward", "teacher/accuracy"], "rollout/length": ["rollout/length"]}
     panels = {title: [k for k in wanted if k in keys] for title, wanted in panels.items()}
     panels = {title: wanted for title, wanted in panels.items() if wanted}
+    if not panels:
+        return
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
     for axis, (title, wanted) in zip(axes[0], panels.items()):
         for key in wanted:

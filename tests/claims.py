@@ -1,15 +1,17 @@
 """What the laptop world can say about the papers' claims: runs the commands, prints the tables that the README quotes.
 
-    python tests/claims.py sdft-vs-sft sdpo-vs-grpo         # all of them without a name
+    python tests/claims.py sdft-vs-sft sdpo-vs-grpo         # all of them without a name: about five hours of one core
+    python tests/claims.py verdicts                         # claim by claim: shows or does not show
     python tests/claims.py --list                           # only the commands
 
 Every line of a table is one command on base models 0, 1 and 2, for sdpo with two seeds each: mean and standard deviation. A
 learning rate written {a|b|c} is tuned first, on base 0 and seed 0 only: the smallest one within .05 of the best (sdft: of the
-final accuracy, others: of its mean over the run). [[command]] stands for the folder of another run. Finished runs under
-runs/claims are not repeated.
+final accuracy, others: of its mean over the run). [[command]] stands for the folder of another run. What a finished run measured
+is kept in tests/claims.jsonl, and no run that is there is repeated: delete it to measure anew.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -24,14 +26,16 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-OUT = ROOT / "runs" / "claims"
-ONCE, TWICE = [(0, 0), (1, 1), (2, 2)], [(0, 0), (1, 1), (2, 2), (0, 3), (1, 4), (2, 5)]        # (base model, seed)
+OUT, RECORD = ROOT / "runs" / "claims", ROOT / "tests" / "claims.jsonl"
+ONCE = [dict(base=base, seed=base) for base in range(3)]     # base model and seed
+TWICE = [*ONCE, *(dict(base=base, seed=base + 3) for base in range(3))]
+HARDEST = [dict(at, question=question) for at in ONCE for question in range(1, 11)]
 
 
 class Claim(NamedTuple):
-    columns: list[str]                                       # of MEASURES
+    columns: list[str]                                       # of `measure`
     rows: dict[str, str]                                     # label -> command
-    pairs: list[tuple[int, int]] = ONCE
+    runs: list[dict] = ONCE
 
 
 # `lenient` also reads the digits out of the demonstrations' style: a right answer in a foreign style counts.
@@ -50,6 +54,7 @@ TEACHERS = ("ema", "base", "live", "trust_region")
 
 ADD = "--data toy:{base}/add-train.jsonl --eval-data toy:{base}/add-eval.jsonl toy:{base}/prior-eval.jsonl --seed {seed}"
 SRT = f"srt.py --model toy:{{base}}/model {ADD} --eval-every 1000"
+SEQUENTIAL = "generation, then revision (--loss sequential)"
 ZERO = f"sdzero.py {ADD} --eval-every 4 --no-eval-revisions"
 GRPO = (f"sdpo.py --model toy:{{base}}/model {ADD} --policy-weight 1 --verifier toy:last --prompts-per-step 8 --steps 40 --max-completion-tokens 40 "
         "--eval-every 4")
@@ -60,6 +65,14 @@ LOCK = ("distill.py --model toy:lock-{base}/student --teacher toy:lock-{base}/te
 CLEAN = (f"distill.py --model toy:{{base}}/model --teacher toy:clean-0/teacher {ADD} --verifier exact --steps 80 --eval-every 4 --max-completion-tokens 12 "
          "--lr {1e-4|2e-4|4e-4}")
 ONE = CLEAN.replace("toy:{base}/add-train.jsonl", "{one}").replace("--steps 80", "--steps 20 --prompts-per-step 1 --rollouts 256")
+# Test time: ten of the hard questions, sixteen attempts a step. The baseline's template has a blank line that this base never saw.
+HARD = ("sdpo.py --preset ttt --model toy:{base}/model --data toy:{base}/mul-hard.jsonl --question {question} --seed {seed} --verifier toy:feedback_first "
+        "--feedback-on all --support full --student-chat-kwargs {{}} --teacher-chat-kwargs {{}} --max-prompt-tokens 64 --max-completion-tokens 12 "
+        "--weight-decay 0 --adam-betas 0.9 0.95 --tokens-per-batch 8192 --steps 16 "
+        "--template '{{prompt}}{{solution}}{{feedback}}\n\nCorrectly solve the original question.\n{{prompt}}'")
+MULTI_TURN = (f"{HARD} --search multi_turn --rollouts 1 --steps 256 --max-teacher-tokens 90 "
+              "--feedback-template 'The following is feedback from your unsuccessful earlier attempt:\n\n{{feedback}}'")
+
 CLAIMS: dict[str, Claim] = {
     "sdft-vs-sft": Claim(SDFT, {
         "SDFT": f"sdft.py {ZIG} {LR}",
@@ -88,18 +101,22 @@ CLAIMS: dict[str, Claim] = {
         "JSD, student's top 10 and tail": f"sdpo.py {MUL} {RL} --support student_topk --topk 10",
         "reverse KL, all logits": f"sdpo.py {MUL} {RL} --divergence reverse_kl",
         "reverse KL, sampled token": f"sdpo.py {MUL} {RL} --divergence reverse_kl --support sampled"}, TWICE),
+    "self-teacher": Claim(["teacher at first", "teacher at last", "start", "new skill"], {
+        "SDPO, feedback up to the first wrong digit": f"sdpo.py {MUL.replace('--teacher-samples 0', '')} --verifier toy:feedback_first --solution-from none "
+                                                      "--feedback-on all"}),
     "sdpo-teachers": Claim(SDPO, {
         **{f"{teacher} teacher": f"sdpo.py {MUL} {RL} --teacher {teacher}" for teacher in TEACHERS},
         **{f"{teacher} teacher, too fast": f"sdpo.py {MUL} --lr 1e-3 --teacher {teacher}" for teacher in TEACHERS}}, TWICE),
-    "srt-losses": Claim(["new skill", "prior", "wrong to right, before", "wrong to right", "right to right", "length", "seconds"], {
-        "generation, then revision (--loss sequential)": SRT,
+    "srt-losses": Claim(["new skill", "prior", "wrong to right, before", "wrong to right", "right to right", "seconds"], {
+        SEQUENTIAL: SRT,
         "revision": f"{SRT} --loss revision",
         "generation": f"{SRT} --loss generation",
         "joint": f"{SRT} --loss joint",
         "joint, unfiltered": f"{SRT} --loss joint --keep all",
         "sequential, unfiltered": f"{SRT} --keep all",
         **{f"RFT, {n} attempts": f"{SRT} --method rft --questions {n}" for n in (512, 1024, 2048, 4096)}}),
-    "sdzero-vs-grpo": Claim(["start", "new skill", "prior", *ATTEMPTS, "with phase 1 to .9", "with phase 1 to .95", "seconds"], {
+    "sdzero-vs-grpo": Claim(["start", "new skill", "prior", *ATTEMPTS, "with phase 1 to .9", "with phase 1 to .95", "divergence, wrong",
+                             "divergence, right", "seconds"], {
         "SD-Zero": f"{ZERO} {ZERO_LR} --model [[{SRT}]]/last",
         "reverse KL, all tokens (Eq. 4)": f"{ZERO} {ZERO_LR} --model [[{SRT}]]/last --divergence reverse_kl --support full",
         "phase 2 without SRT": f"{ZERO} {ZERO_LR} --model toy:{{base}}/model --phrases qwen",
@@ -120,16 +137,73 @@ CLAIMS: dict[str, Claim] = {
         "SFT on the teacher's outputs": f"{CLEAN} --objective sft --lmbda 0 --outputs teacher",
         "sampled-token policy gradient": f"{CLEAN} --objective policy_gradient --is-cap inf",
         "one prompt, 20 x 256 answers": ONE}),
+    "sdpo-test-time": Claim([*(f"discovery@{k}" for k in (8, 16, 32, 64, 128, 256)), "attempts"], {
+        "SDPO": f"{HARD} --max-teacher-tokens 128 --lr 1e-4",
+        "best of k": f"{HARD} --search best_of_k",
+        "multi-turn": MULTI_TURN}, HARDEST),
 }
 
-# Test time: ten of the hard questions, sixteen attempts a step. The baseline's template has a blank line that this base never saw.
-HARD = ("sdpo.py --preset ttt --model toy:{base}/model --data toy:{base}/mul-hard.jsonl --question {question} --seed {seed} --verifier toy:feedback_first "
-        "--feedback-on all --support full --student-chat-kwargs {{}} --teacher-chat-kwargs {{}} --max-prompt-tokens 64 --max-completion-tokens 12 "
-        "--weight-decay 0 --adam-betas 0.9 0.95 --tokens-per-batch 8192 --steps 16 "
-        "--template '{{prompt}}{{solution}}{{feedback}}\n\nCorrectly solve the original question.\n{{prompt}}'")
-SEARCHES = {"SDPO": f"{HARD} --max-teacher-tokens 128 --lr 1e-4", "best of k": f"{HARD} --search best_of_k",
-            "multi-turn": f"{HARD} --search multi_turn --rollouts 1 --steps 256 --max-teacher-tokens 90 "
-                          "--feedback-template 'The following is feedback from your unsuccessful earlier attempt:\n\n{{feedback}}'"}
+
+class Check(NamedTuple):
+    """One claim of a paper: the mean of `more` is above that of `less`; each is a (table, row, column)."""
+
+    claim: str
+    source: str
+    more: tuple[str, str, str]
+    less: tuple[str, str, str]
+
+
+def rows(claim: str, source: str, table: str, column: str, more: str, less: str) -> Check:
+    return Check(claim, source, (table, more, column), (table, less, column))
+
+
+def columns(claim: str, source: str, table: str, row: str, more: str, less: str) -> Check:
+    return Check(claim, source, (table, row, more), (table, row, less))
+
+
+FEWER = "attempts to .9"                                     # fewer are better: the loser has more
+TOLD = "SDPO, feedback up to the first wrong digit"
+CHECKS = [
+    rows("SDFT learns the new skill better than SFT", "SDFT, tables 1 and 5", "sdft-vs-sft", "new skill", "SDFT", "SFT on the demonstrations"),
+    rows("SDFT forgets less than SFT", "SDFT, tables 1 and 5", "sdft-vs-sft", "prior", "SDFT", "SFT on the demonstrations"),
+    rows("learning on one's own answers beats learning on the teacher's", "SDFT", "sdft-data", "new skill", "on-policy", "off-policy: the teacher answers"),
+    rows("an EMA teacher beats the live one", "SDFT, appendix A.3", "sdft-teachers", "new skill", "ema teacher", "live teacher at the others' rate"),
+    rows("the forward KL beats the reverse", "SDFT, by tinker-cookbook", "sdft-divergences", "new skill", "forward_kl", "reverse_kl"),
+    rows("GRPO needs more attempts than SDPO", "SDPO, table 3", "sdpo-vs-grpo", FEWER, "GRPO", "SDPO, solution or feedback"),
+    rows("SDPO ends higher than GRPO", "SDPO, table 3", "sdpo-vs-grpo", "new skill", "SDPO, solution or feedback", "GRPO"),
+    rows("solutions alone need more attempts than with feedback", "SDPO, table 6", "sdpo-vs-grpo", FEWER, "SDPO, solution only", "SDPO, solution or feedback"),
+    rows("feedback alone needs more attempts than with solutions", "SDPO, table 6", "sdpo-vs-grpo", FEWER, "SDPO, feedback on wrong attempts only",
+         "SDPO, solution or feedback"),
+    rows("the sampled token needs more attempts than all logits", "SDPO, section 4", "sdpo-logits", FEWER, "reverse KL, sampled token", "reverse KL, all logits"),
+    Check("GRPO needs more attempts than the sampled token", "SDPO, section 4",
+          ("sdpo-vs-grpo", "GRPO", FEWER), ("sdpo-logits", "reverse KL, sampled token", FEWER)),
+    columns("the self-teacher improves", "SDPO, section 4", "self-teacher", TOLD, "teacher at last", "teacher at first"),
+    columns("the student overtakes the first teacher", "SDPO, section 4", "self-teacher", TOLD, "new skill", "teacher at first"),
+    rows("an EMA teacher beats the live one, at a high rate", "SDPO, table 4", "sdpo-teachers", "new skill", "ema teacher, too fast", "live teacher, too fast"),
+    rows("a trust region beats the EMA, at a high rate", "SDPO, table 4", "sdpo-teachers", "new skill", "trust_region teacher, too fast", "ema teacher, too fast"),
+    rows("best-of-k needs more attempts than SDPO at test time", "SDPO, section 5", "sdpo-test-time", "attempts", "best of k", "SDPO"),
+    rows("multi-turn needs more attempts than SDPO at test time", "SDPO, section 5", "sdpo-test-time", "attempts", "multi-turn", "SDPO"),
+    rows("both losses revise better than the generation loss", "SD-Zero, ablation", "srt-losses", "wrong to right", "joint", "generation"),
+    rows("both losses revise better than the revision loss", "SD-Zero, ablation", "srt-losses", "wrong to right", "joint", "revision"),
+    rows("filtered revisions beat unfiltered ones", "SD-Zero, Countdown", "srt-losses", "wrong to right", SEQUENTIAL, "sequential, unfiltered"),
+    columns("phase 2 improves on phase 1", "SD-Zero, table 1", "sdzero-vs-grpo", "SD-Zero", "new skill", "start"),
+    rows("phase 2 needs phase 1", "SD-Zero, ablation", "sdzero-vs-grpo", "new skill", "SD-Zero", "phase 2 without SRT"),
+    rows("a renewed reviser gains more", "SD-Zero, self-evolution", "sdzero-vs-grpo", "new skill", "re-synchronised every 20 steps", "SD-Zero"),
+    rows("SD-Zero ends higher than GRPO", "SD-Zero, table 1", "sdzero-vs-grpo", "new skill", "SD-Zero", "GRPO"),
+    Check("SD-Zero ends higher than RFT", "SD-Zero, table 1", ("sdzero-vs-grpo", "SD-Zero", "new skill"), ("srt-losses", "RFT, 4096 attempts", "new skill")),
+    columns("the divergence sits on wrong answers", "SD-Zero, figure 4", "sdzero-vs-grpo", "SD-Zero", "divergence, wrong", "divergence, right"),
+    *(rows(f"on-policy beats fixed outputs, {d}", "GKD, GSM8K", "distill-lock", "new skill", f"on-policy, {d}", f"off-policy, {d}")
+      for d in ("jsd", "reverse_kl", "forward_kl")),
+    rows("λ = 1 beats ½", "GKD, GSM8K", "distill-lock", "new skill", "on-policy, jsd", "half on-policy, jsd"),
+    rows("λ = ½ beats 0", "GKD, GSM8K", "distill-lock", "new skill", "half on-policy, jsd", "off-policy, jsd"),
+    columns("one prompt teaches the task", "Thinking Machines", "distill-add", "one prompt, 20 x 256 answers", "new skill", "start"),
+]
+UNTESTED = {
+    "text and answer beat text, which beats the answer alone (SDFT)": "there are no documents",
+    "SDPO's answers are three times shorter; SRT lengthens, phase 2 shortens them": "a right answer has one length",
+    "the gain grows with the model (SDPO)": "there is one model",
+    "distilling an RL teacher takes fewer steps than RL (Thinking Machines)": "no teacher here comes from RL",
+}
 
 
 class Result(NamedTuple):
@@ -154,16 +228,28 @@ def run(command: str) -> Path:
     return out
 
 
-def at(command: str, base: int, seed: int, **more: int) -> Result:
-    one = OUT / f"one-{base}.jsonl"                          # a data set of one prompt
+@functools.cache
+def record() -> dict[str, dict]:
+    return {row["command"]: row for row in map(json.loads, RECORD.read_text().splitlines())} if RECORD.exists() else {}
+
+
+def at(command: str, **place: int) -> dict[str, float]:
+    """What one command measured with its base and seed filled in: from the record, or from a run that is then recorded."""
+    one = OUT / f"one-{place['base']}.jsonl"                 # a data set of one prompt
     if "{one}" in command and not one.exists():
         OUT.mkdir(parents=True, exist_ok=True)
         one.write_text(json.dumps({"prompt": "add:4721+3855", "answer": "7576"}) + "\n")
-    command = command.format(base=base, seed=seed, one=os.path.relpath(one, ROOT), **more)
-    earlier = [run(inner) for inner in re.findall(r"\[\[(.*?)\]\]", command)]
-    out = run(re.sub(r"\[\[(.*?)\]\]", lambda match: os.path.relpath(run(match[1]), ROOT), command))
-    read = lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Result(read(out), json.loads((out / "config.json").read_text())["args"], read(earlier[0]) if earlier else [])
+    command = command.format(**place, one=os.path.relpath(one, ROOT))
+    if command not in record():
+        inner = re.findall(r"\[\[(.*?)\]\]", command)
+        out, before = run(re.sub(r"\[\[(.*?)\]\]", lambda match: os.path.relpath(run(match[1]), ROOT), command)), [run(c) for c in inner]
+        read = lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        config = json.loads((out / "config.json").read_text())
+        found = measure(Result(read(out), config["args"], read(before[0]) if before else []))
+        record()[command] = {"command": command, "commit": config["commit"], **{k: float(f"{v:.4g}") for k, v in found.items()}}
+        with open(RECORD, "a") as file:
+            file.write(json.dumps(record()[command]) + "\n")
+    return record()[command]
 
 
 def curve(result: Result, name: str = "eval") -> list[tuple[int, float]]:
@@ -171,41 +257,38 @@ def curve(result: Result, name: str = "eval") -> list[tuple[int, float]]:
     return [(row["step"], v) for row in result.metrics for k, v in row.items() if k.startswith(f"{name}/avg@")]
 
 
-def final(result: Result, name: str = "eval") -> float:
-    return curve(result, name)[-1][1]
-
-
-def attempts_to(result: Result, level: float) -> float:
+def attempts_to(points: list[tuple[int, float]], level: float, per_step: int) -> float:
     """Attempts until the evaluation first reaches `level`, on straight lines between evaluations; all of them when it never does."""
-    points, per_step = curve(result), result.args["prompts_per_step"] * result.args["rollouts"]
     for (step, low), (next_step, high) in zip(points, points[1:]):
         if low < level <= high:
             return per_step * (step + (level - low) / (high - low) * (next_step - step))
     return 0 if points[0][1] >= level else per_step * points[-1][0]
 
 
-def before(result: Result) -> float:
-    """Attempts that phase 1 took."""
-    return sum(row.get("collect/rollouts", 0) for row in result.phase_one)
-
-
-def sequences(result: Result, n: int) -> float:
-    """Accuracy after n answers."""
-    return dict(curve(result))[n // (result.args["prompts_per_step"] * result.args["rollouts"])]
-
-
-MEASURES: dict[str, Callable[[Result], float]] = {
-    "at 256": lambda r: sequences(r, 256), "at 512": lambda r: sequences(r, 512), "at 1024": lambda r: sequences(r, 1024),
-    "tokens": lambda r: sum(row.get("train/tokens", 0) for row in r.metrics), "training prompts": lambda r: final(r, "eval/lock-train"),
-    "lock's prior": lambda r: final(r, "eval/lock-prior"),
-    "new skill": final, "prior": lambda r: final(r, "eval/prior-eval"), "add": lambda r: final(r, "eval/add-eval"), "start": lambda r: curve(r)[0][1],
-    "attempts to .8": lambda r: attempts_to(r, 0.8), "attempts to .9": lambda r: attempts_to(r, 0.9), "attempts to .95": lambda r: attempts_to(r, 0.95),
-    "with phase 1 to .9": lambda r: before(r) + attempts_to(r, 0.9), "with phase 1 to .95": lambda r: before(r) + attempts_to(r, 0.95),
-    "wrong to right, before": lambda r: r.metrics[0].get("revise/wrong_to_right", float("nan")),
-    "wrong to right": lambda r: r.metrics[-1].get("revise/wrong_to_right", float("nan")),
-    "right to right": lambda r: r.metrics[-1].get("revise/right_to_right", float("nan")),
-    "length": lambda r: r.metrics[-1]["eval/length"],
-    "seconds": lambda r: sum(v for row in r.metrics + r.phase_one for k, v in row.items() if re.match("time/(generate|teacher|student|optim)$", k))}
+def measure(result: Result) -> dict[str, float]:
+    """Everything that a column of any table may show of a run."""
+    first, last, per_step = result.metrics[0], result.metrics[-1], result.args["prompts_per_step"] * result.args["rollouts"]
+    if "search/solved" in last:
+        needed = last["search/attempts"] if last["search/solved"] else 257
+        return {"lr": result.args["lr"], "attempts": min(needed, 256), **{f"discovery@{k}": needed <= k for k in (8, 16, 32, 64, 128, 256)}}
+    points, phase_one = curve(result), sum(row.get("collect/rollouts", 0) for row in result.phase_one)
+    values = [value for _, value in points]
+    found = {"lr": result.args["lr"], "start": values[0], "new skill": values[-1], "mean": statistics.mean(values),
+             "tokens": sum(row.get("train/tokens", 0) for row in result.metrics),
+             "seconds": sum(v for row in result.metrics + result.phase_one for k, v in row.items() if re.match("time/(generate|teacher|student|optim)$", k))}
+    for level in (0.8, 0.9, 0.95):
+        found[f"attempts to {level:g}".replace("0.", ".")] = attempts_to(points, level, per_step)
+        found[f"with phase 1 to {level:g}".replace("0.", ".")] = phase_one + attempts_to(points, level, per_step)
+    found |= {f"at {step * per_step}": value for step, value in points if step * per_step in (256, 512, 1024)}
+    for column, name in (("prior", "prior-eval"), ("add", "add-eval"), ("training prompts", "lock-train"), ("lock's prior", "lock-prior")):
+        found |= {column: value for _, value in curve(result, f"eval/{name}")[-1:]}
+    for column, row, key in (("wrong to right, before", first, "revise/wrong_to_right"), ("wrong to right", last, "revise/wrong_to_right"),
+                             ("right to right", last, "revise/right_to_right")):
+        found |= {column: row[key]} if key in row else {}
+    for column, key in (("divergence, wrong", "distill/divergence_wrong"), ("divergence, right", "distill/divergence_right")):
+        found |= {column: statistics.mean(row[key] for row in result.metrics[1:])} if key in last else {}
+    seen = [row["teacher/accuracy"] for row in result.metrics if "teacher/accuracy" in row]
+    return found | ({"teacher at first": seen[0], "teacher at last": seen[-1]} if seen else {})
 
 
 def tune(command: str) -> str:
@@ -214,43 +297,47 @@ def tune(command: str) -> str:
     if not grid:
         return command
     tried = {lr: command.replace(grid[0], lr) for lr in grid[1].split("|")}
-    worth = final if command.startswith("sdft") else lambda result: statistics.mean(v for _, v in curve(result))
-    scores = {lr: worth(at(c, 0, 0)) for lr, c in tried.items()}
-    print("  tuned on base 0: " + ", ".join(f"{lr} {s:.2f}" for lr, s in scores.items()))
+    scores = {lr: at(c, **ONCE[0])["new skill" if command.startswith("sdft") else "mean"] for lr, c in tried.items()}
+    print("  tuned on base 0: " + ", ".join(f"{lr} {s:.2f}" for lr, s in scores.items()), file=sys.stderr)
     return tried[min((lr for lr in scores if scores[lr] >= max(scores.values()) - 0.05), key=float)]
 
 
+@functools.cache
+def measured(table: str, row: str) -> list[dict[str, float]]:
+    chosen = tune(CLAIMS[table].rows[row])
+    return [at(chosen, **place) for place in CLAIMS[table].runs]
+
+
 def cell(values: list[float]) -> str:
-    digits = lambda x: f"{x:.2f}" if abs(x) < 2 else f"{x:.0f}"
-    if any(map(math.isnan, values)):
-        return ""
-    mean, deviation = statistics.mean(values), statistics.stdev(values)
-    return f"{digits(mean)} ± {digits(deviation) if abs(mean) < 2 else round(deviation)}"
+    """Mean and standard deviation; of yes and no the share of yes."""
+    digits = lambda x: f"{x:.2f}" if abs(statistics.mean(values)) < 2 else f"{x:.0f}"
+    return digits(statistics.mean(values)) + ("" if {*values} <= {0, 1} else f" ± {digits(statistics.stdev(values))}")
 
 
 def table(name: str) -> str:
     claim = CLAIMS[name]
     lines = [f"### {name}", "", f"| | lr | {' | '.join(claim.columns)} |", "|---|---|" + "---|" * len(claim.columns)]
-    for label, command in claim.rows.items():
-        chosen = tune(command)
-        results = [at(chosen, *pair) for pair in claim.pairs]
-        cells = [cell([MEASURES[column](result) for result in results]) for column in claim.columns]
-        lines.append(f"| {label} | {results[0].args['lr']:g} | {' | '.join(cells)} |")
+    for row in claim.rows:
+        results = measured(name, row)
+        cells = [cell([r[column] for r in results]) if column in results[0] else "" for column in claim.columns]
+        lines.append(f"| {row} | {results[0]['lr']:g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def search_table() -> str:
-    """discovery@k: the share of (question, base) pairs that an attempt up to the k-th has solved."""
-    ks = (8, 16, 32, 64, 128, 256)
-    lines = ["### sdpo-test-time", "", f"| | {' | '.join(f'discovery@{k}' for k in ks)} | mean attempts, at most 256 |", "|---|" + "---|" * (len(ks) + 1)]
-    for label, command in SEARCHES.items():
-        last = [at(command, base, seed, question=question).metrics[-1] for base, seed in ONCE for question in range(1, 11)]
-        needed = [row["search/attempts"] if row["search/solved"] else float("inf") for row in last]
-        lines.append(f"| {label} | {' | '.join(f'{sum(n <= k for n in needed) / len(needed):.2f}' for k in ks)} | {statistics.mean(min(n, 256) for n in needed):.0f} |")
+def verdicts() -> str:
+    """Runs with the same base and seed are paired; a claim shows when their mean difference is over two of its standard errors."""
+    lines = ["| claim | source | measured | more | less | |", "|---|---|---|---|---|---|"]
+    for check in CHECKS:
+        more, less = ([r[column] for r in measured(name, row)] for name, row, column in (check.more, check.less))
+        gaps = [a - b for a, b in zip(more, less)]
+        mean, error = statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+        word = "shows" if mean > 2 * error else "**the opposite shows**" if mean < -2 * error else "**does not show**"
+        lines.append(f"| {check.claim} | {check.source} | {check.more[2]}, `{check.more[0]}` | {cell(more)} | {cell(less)} | {word} |")
+    lines += [f"| {claim} | | | | | cannot be tested here: {why} |" for claim, why in UNTESTED.items()]
     return "\n".join(lines) + "\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {**{name: (lambda name=name: table(name)) for name in CLAIMS}, "sdpo-test-time": search_table}
+TABLES: dict[str, Callable[[], str]] = {**{name: functools.partial(table, name) for name in CLAIMS}, "verdicts": verdicts}
 
 
 def main() -> None:
@@ -259,7 +346,10 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args()
     for name in args.claims or TABLES:
-        print("\n".join((CLAIMS[name].rows if name in CLAIMS else SEARCHES).values()) if args.list else TABLES[name](), flush=True)
+        if not args.list:
+            print(TABLES[name](), flush=True)
+        elif name in CLAIMS:
+            print("\n".join(CLAIMS[name].rows.values()))
 
 
 if __name__ == "__main__":

@@ -312,7 +312,7 @@ def test_every_way_runs(flags, tiny, tmp_path):
 
 
 def test_sft_on_completions_loads_no_teacher(tiny, tmp_path):
-    run_here("distill", tmp_path / "r", tiny, "--objective sft --lmbda 0 --teacher nowhere")
+    assert "distill/divergence" not in run_here("distill", tmp_path / "r", tiny, "--objective sft --lmbda 0 --teacher nowhere")[-1]
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -1,4 +1,4 @@
-"""The README's commands, flags, links and files exist."""
+"""What the README and the page of measurements name exists: commands, flags, links, tables."""
 
 import dataclasses
 import importlib
@@ -10,8 +10,10 @@ from conftest import ROOT
 
 import common
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.split("#")[0].strip()]
+PAGES = {ROOT / name: (ROOT / name).read_text() for name in ("README.md", "tests/README.md")}
+TEXT = "\n".join(PAGES.values())
+LINES = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+COMMANDS = [line for line in LINES + re.findall(r"`(python [^`]*)`", TEXT) if line]
 SCRIPTS = ("sdft", "sdpo", "srt", "sdzero", "distill")
 OURS = [c for c in COMMANDS if re.search(r"\b\w+\.py\b", c)]
 
@@ -27,6 +29,9 @@ def test_commands_parse(command):
     words = shlex.split(command)
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[at]).exists()
+    if words[at] == "tests/claims.py":
+        import claims
+        assert {*words[at + 1:]} <= {*claims.TABLES}
     if words[at].startswith("tests/"):
         return
     module = importlib.import_module(words[at].removesuffix(".py"))
@@ -35,12 +40,13 @@ def test_commands_parse(command):
 
 def test_flags_in_the_text_exist():
     flags = {f.name.replace("_", "-") for name in SCRIPTS for f in dataclasses.fields(importlib.import_module(name).Args)}
-    assert set(re.findall(r"`--([a-z][a-z-]+)", README)) <= flags
+    assert set(re.findall(r"`--([a-z][a-z-]+)", TEXT)) <= flags
 
 
 def test_links_point_to_files():
-    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
-        assert (ROOT / target).exists(), target
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)h][^)]*)\)", text):
+            assert (page.parent / target).exists(), target
 
 
 def test_flags_are_read_and_documented():

@@ -256,3 +256,12 @@ def test_importing_a_script_does_nothing_and_help_needs_no_world(script, tmp_pat
     done = launch(f"{script}.py --help")
     assert done.returncode == 0 and "--max-completion-tokens" in done.stdout and "minimise" in done.stdout
     assert subprocess.run([sys.executable, "-c", f"import {script}"], cwd=ROOT, capture_output=True, text=True).stdout == ""
+
+
+def test_a_search_that_ends_at_once_has_no_curves(tmp_path):
+    common.append_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "search/attempts": 3, "search/solved": 1}])
+    common.draw_curves(tmp_path)
+    assert not (tmp_path / "curves.png").exists()
+    common.append_jsonl(tmp_path / "metrics.jsonl", [{"step": 2, "train/loss": 0.5}])
+    common.draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
