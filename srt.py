@@ -129,6 +129,14 @@ class Args:
     """Micro-batch: rows x longest sequence, on one process. Changes memory and speed, not the numbers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. Weights and loss are float32 in any case."""
+    replicas: int = 1
+    """Several processes share the model, its gradients and optimiser between them: each holds 1/n. With R > 1 there are R copies,
+    each shared by 1/R of them (HSDP): 8 times the memory at R = 8, and less traffic between machines if R is their number."""
+    gather_to_sample: bool = True
+    """Each process holds all weights in the compute type (2 bytes each in bf16) while it draws. Otherwise they are fetched anew
+    layer by layer for every token, and all processes decode in lock-step: slow, and for models that do not fit."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, a fraction of the memory."""
 
     # The run.
     eval_every: int = 500
@@ -153,6 +161,8 @@ class Args:
     """Delete the run that --out holds."""
     dry_run: bool = False
     """Check everything, print the plan and what the model reads, and stop before it loads."""
+    timeout: float = 30.0
+    """Minutes that a process waits for the others before the run ends."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project."""
 
@@ -438,13 +448,13 @@ def main(args: Args) -> None:
         for m, micro in enumerate(micro_batches(samples, lambda s: len(s.prompt) + len(s.y), args.tokens_per_batch)):
             with run.timer("student"):
                 weight_N = torch.tensor([w for s in micro for w in token_weights(s, loss_name, n, args.average)], device=run.device)
-                revised_N = torch.tensor([t >= s.revised for s in micro for t in range(len(s.y))], device=run.device)
+                revised_N = torch.tensor([t >= s.revised for s in micro for t in range(len(s.y))], dtype=torch.bool, device=run.device)
                 loss, stats = on_completions(student, [(s.prompt, s.y) for s in micro], args, lambda h_ND, head: srt_loss(h_ND, head, micro, weight_N))
                 loss.backward()
             sums["loss"] += loss.item()
             for name, value in (("logp", stats["logp"]), ("revision_logp", stats["logp"][revised_N]), ("entropy", stats["entropy"])):
                 sums[name] += value.sum().item()
-            if step == 1 and m == 0:
+            if step == 1 and m == 0 and micro:
                 explain(run, tokenizer, {"student reads": micro[0].prompt}, micro[0].y, stats)
 
         # 2c. Step. Gradients add up over ranks; 2a has divided.
