@@ -23,6 +23,7 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -96,9 +97,25 @@ def launch(main: Callable[[Any], None], args_type: type, presets: dict[str, dict
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except (OSError, RuntimeError) as error:
+        full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        lost = re.search(r"gloo|nccl|TCPStore|ProcessGroup", str(error), re.IGNORECASE)
+        if not full and not lost:
+            raise
+        why = "the disk is full" if full else "another process is gone, or has not answered for --timeout minutes"
+        print(f"[rank {os.environ.get('RANK', 0)}] error: {why} ({first_line(error)}); go on from the last checkpoint with: {again()}",
+              file=sys.stderr, flush=True)
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def again() -> str:
+    """The command that goes on with this run."""
+    start = ["python"] if "RANK" not in os.environ else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    nodes = ["--nnodes", os.environ["GROUP_WORLD_SIZE"]] if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else []
+    return shlex.join([*start, *nodes, *(word for word in sys.argv if word not in ("--resume", "--overwrite")), "--resume"])
 
 
 class Run:
@@ -116,7 +133,7 @@ class Run:
         self.main, self.mesh = self.rank == 0, None         # the mesh that models are sharded over, when there is more than one process
         self.times: dict[str, float] = {}
         self.began, self.tokens, self.seconds, self.stopped, self.bar, self.wandb = time.time(), 0.0, 0.0, False, None, None
-        self.skipped = 0                                     # updates in a row whose gradient was not finite
+        self.skipped, self.skipped_all = 0, 0                # updates whose gradient was not finite: in a row, and in all
         self.files: dict[str, str] = {}                      # name -> text of files that every saved model folder carries
 
     def sum(self, **parts: float) -> dict[str, float]:
@@ -160,6 +177,8 @@ class Run:
             self.tokens += metrics["train/tokens"]
             metrics["time/tokens_per_s"] = metrics["train/tokens"] / seconds
         metrics["memory/peak_gib"] = peak_memory(self.device) / 2**30
+        if self.skipped_all:
+            metrics["train/skipped"] = self.skipped_all
         self.times = {}
         if not self.main:
             return
@@ -214,7 +233,8 @@ def start(args: Any, even: bool = True) -> Run:
 
 # Flags that may change between a run and its continuation: they decide where, when and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "overwrite", "dry_run", "tokens_per_batch", "sample_batch", "eval_every", "save_every",
-                  "wandb_project", "collect_only", "teacher_url", "teacher_retries", "teacher_timeout", "teacher_requests"}
+                  "wandb_project", "collect_only", "teacher_url", "teacher_retries", "teacher_timeout", "teacher_requests", "replicas",
+                  "gather_to_sample", "activation_checkpointing", "timeout", "keep_going"}
 
 
 def claim_folder(run: Run, config: dict) -> None:
@@ -533,19 +553,32 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def save_folder(run: Run, model: nn.Module, tokenizer: Any, name: str, card: str) -> None:
     """`out/name`: a plain Hugging Face folder (weights in the dtype they came in), written aside and renamed."""
-    weights = {}
+    from safetensors import SafetensorError
+    weights, final, aside, problem = {}, run.out / name, run.out / f".{name}.tmp", ""
     for key, tensor in full_weights(model):
         if run.main:
             weights[key] = tensor.to("cpu", model.source_dtype)
     if run.main:
-        final, aside = run.out / name, run.out / f".{name}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside, state_dict=weights)
-        tokenizer.save_pretrained(aside)
-        for name, text in {"README.md": card, **run.files}.items():
-            (aside / name).write_text(text)
-        replace_folder(aside, final)
-    barrier(run)
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(aside, state_dict=weights)
+            tokenizer.save_pretrained(aside)
+            for file, text in {"README.md": card, **run.files}.items():
+                (aside / file).write_text(text)
+            replace_folder(aside, final)
+        except (OSError, SafetensorError) as error:
+            problem = first_line(error)
+    if problem := run.agree(problem):
+        unwritten(run, f"{name}/", problem)
+
+
+def unwritten(run: Run, what: str, problem: str) -> None:
+    """What to do on all ranks when something could not be written: the run ends, or with --keep-going only says so."""
+    good = sorted((run.out / "checkpoints").glob("step-*"))
+    sentence = f"{what} could not be written ({problem}); the last good checkpoint is {good[-1] if good else 'none'}"
+    if not run.args.keep_going:
+        raise RunError(f"{sentence}; make room and go on with: {again()}")
+    run.say(f"{sentence}; the run goes on")
 
 
 def replace_folder(aside: Path, final: Path) -> None:
@@ -790,7 +823,8 @@ class Sampler:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))        # alike lengths together: little padding
         out: list[Any] = [None] * len(prompts)
         # What FSDP gathers under inference mode no later backward could use.
-        with torch.inference_mode(not is_sharded(model)), torch.no_grad(), compute_dtype(model, self.args), gathered(model, self.args) as free:
+        with (torch.inference_mode(not is_sharded(model)), torch.no_grad(), compute_dtype(model, self.args),
+              gathered(model, self.args) as free):
             most = (lambda n: n) if free else most_of_ranks  # in lock-step every rank makes as many forward passes as the busiest
             for lo in range(0, most(len(order)), self.args.sample_batch):
                 part, T = order[lo:lo + self.args.sample_batch], self.args.max_completion_tokens
@@ -1339,6 +1373,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, run: Run) -> flo
     norm = nn.utils.clip_grad_norm_(params, run.args.grad_clip or math.inf)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
+    run.skipped_all += not math.isfinite(norm)
     if math.isfinite(norm):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -1743,7 +1778,12 @@ def load_verifier(name: str) -> Callable[[str, dict], tuple[float, str]]:
         raise InputError(f"--verifier {name}: expected {', '.join(VERIFIERS)} or path/to/file.py:function")
 
     def verified(completion: str, row: dict) -> tuple[float, str]:
-        result = verify(completion, row)
+        try:
+            result = verify(completion, row)
+        except (InputError, RunError):
+            raise
+        except Exception as error:
+            raise RunError(f"--verifier {name} broke on {row['where']} ({type(error).__name__}: {first_line(error)})") from error
         reward, feedback = result if isinstance(result, tuple) else (result, "")
         if not (isinstance(reward, (int, float)) and 0 <= reward <= 1):
             raise RunError(f"--verifier {name} gave {result!r} for {row['where']}; expected a reward in [0, 1], or (reward, feedback)")
@@ -1751,10 +1791,35 @@ def load_verifier(name: str) -> Callable[[str, dict], tuple[float, str]]:
     return verified
 
 
-def grade(verify: Callable[[str, dict], tuple[float, str]], completions: list[tuple[str, dict]]) -> list[tuple[float, str]]:
-    """(reward, feedback) of each (completion, row), eight at a time: the slow verifiers wait for processes of their own."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda pair: verify(*pair), completions))
+def grade(run: Run, verify: Callable[[str, dict], tuple[float, str]], completions: list[tuple[str, dict]]) -> list[tuple[float, str]]:
+    """(reward, feedback) of each (completion, row), eight at a time: the slow verifiers wait for processes of their own.
+
+    No verdict for half of --timeout, so before the other processes give up: a verifier hangs, and its row is named.
+    """
+    marks: list[Any] = [None] * len(completions)
+    left, done = iter(range(len(completions))), queue.SimpleQueue()
+
+    def work() -> None:
+        for i in left:
+            try:
+                marks[i] = verify(*completions[i])
+            except Exception as error:
+                marks[i] = error
+            done.put(i)
+    for _ in range(min(8, len(completions))):
+        threading.Thread(target=work, daemon=True).start()   # a daemon: one that hangs does not keep the process alive
+    try:
+        for _ in completions:
+            if isinstance(mark := marks[done.get(timeout=30 * run.args.timeout)], Exception):
+                raise mark
+    except queue.Empty:
+        where = next(row["where"] for mark, (_, row) in zip(marks, completions) if mark is None)
+        raise RunError(f"the verifier has not come back from {where} for {run.args.timeout / 2:g} minutes, half of --timeout; mend it, or raise "
+                       f"--timeout, and go on with: {again()}") from None
+    finally:
+        for _ in left:                                       # nothing new is begun for a run that ends
+            pass
+    return marks
 
 
 # ---------------------------------------------------------------- Checkpoints: written aside and renamed
@@ -1770,17 +1835,31 @@ def checkpoint_tensors(student: nn.Module, teacher: Teacher | None, optimizer: t
 
 def save_checkpoint(run: Run, step: int, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer, score: dict) -> None:
     """checkpoints/step-N: all that the next step depends on. Orders and random numbers follow from (seed, step) alone."""
-    folder = run.out / "checkpoints"
+    folder, problem = run.out / "checkpoints", ""
     final, aside = folder / f"step-{step:08d}", folder / ".aside"
-    if run.main:
-        remove(aside)
-    dcp.save(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=aside, no_dist=run.world == 1)
-    if run.main:
-        (aside / "state.json").write_text(json.dumps({"step": step, "score": score, "tokens": run.tokens, "seconds": run.seconds}))
-        replace_folder(aside, final)
-        for old in sorted(folder.glob("step-*"))[:-2]:
-            remove(old)
-    barrier(run)
+    if final.exists():                                       # the same bytes: it was saved before what went wrong since
+        return
+    state = {"step": step, "score": score, "tokens": run.tokens, "seconds": run.seconds, "skipped": run.skipped_all}
+    try:
+        if run.main:
+            shutil.rmtree(aside, ignore_errors=True)         # of a save that was killed
+        dcp.save(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=aside, no_dist=run.world == 1)
+    except dcp.CheckpointException as error:             # on all ranks, whichever could not write
+        problem = causes(error)
+    if run.main and not problem:
+        try:
+            (aside / "state.json").write_text(json.dumps(state))
+            replace_folder(aside, final)
+            for old in sorted(folder.glob("step-*"))[:-2]:
+                shutil.rmtree(old)
+        except OSError as error:
+            problem = first_line(error)
+    if problem := run.agree(problem):
+        unwritten(run, f"the checkpoint of step {step}", problem)
+
+
+def causes(error: dcp.CheckpointException) -> str:
+    return ", ".join(f"rank {rank}: {first_line(cause)}" for rank, (cause, _) in error.failures.items())
 
 
 def load_checkpoint(run: Run, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
@@ -1791,9 +1870,12 @@ def load_checkpoint(run: Run, student: nn.Module, teacher: Teacher | None, optim
             remove(run.out / name)
     if not (run.args.resume and folders):
         return 0, {}
-    dcp.load(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=folders[-1], no_dist=run.world == 1)
+    try:
+        dcp.load(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=folders[-1], no_dist=run.world == 1)
+    except dcp.CheckpointException as error:
+        raise RunError(f"{folders[-1]} cannot be read ({causes(error)}); delete it to go on from the one before") from error
     state = json.loads((folders[-1] / "state.json").read_text())
-    run.tokens, run.seconds = state["tokens"], state["seconds"]
+    run.tokens, run.seconds, run.skipped_all = state["tokens"], state["seconds"], state["skipped"]
     if run.main:                                             # what was logged after the checkpoint will be logged again
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in read_jsonl(run.out / name) if row["step"] <= state["step"]]
@@ -1836,7 +1918,7 @@ def evaluate(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, evals
             groups = sampler(model, [row["prompt_ids"] for row in mine], [row["id"] for row in mine], n, (EVAL_STREAM, place),
                              temperature=args.eval_temperature, top_p=args.eval_top_p)
             texts = [[tokenizer.decode(y.ids, skip_special_tokens=True) for y in group] for group in groups]
-            marks = grade(verify, [(text, row) for group, row in zip(texts, mine) for text in group])
+            marks = grade(run, verify, [(text, row) for group, row in zip(texts, mine) for text in group])
             rewards = [[reward for reward, _ in marks[i:i + n]] for i in range(0, len(marks), n)]
             means = [sum(r) / n for r in rewards]
             t = run.sum(prompts=len(mine), x=sum(means), xx=sum(m * m for m in means), passed=sum(max(r) >= SOLVED for r in rewards),
@@ -1868,7 +1950,7 @@ def evaluate_revision(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampl
     """Generate, then revise (SD-Zero, section 5): one answer to each row, its verdict picks the phrase, the model goes on in its own turn."""
     args, mine = run.args, rows[run.rank::run.world]
     how = dict(temperature=args.eval_temperature, top_p=args.eval_top_p)
-    judge = lambda answers: [reward >= SOLVED for reward, _ in grade(verify, [
+    judge = lambda answers: [reward >= SOLVED for reward, _ in grade(run, verify, [
         (tokenizer.decode(y.ids, skip_special_tokens=True), row) for y, row in zip(answers, mine)])]
     with run.timer("eval"):
         first = sampler.each(model, [row["prompt_ids"] for row in mine], [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 0), **how)

@@ -23,7 +23,6 @@ import http.client
 import json
 import math
 import os
-import shlex
 import sys
 import threading
 import time
@@ -38,8 +37,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunError, Sampler, Support, Teacher, TopK, as_messages, barrier,
-                    batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find, finish, fit, head_of,
+from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunError, Sampler, Support, Teacher, TopK, again, as_messages,
+                    barrier, batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find, finish, fit, head_of,
                     is_adapter, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier,
                     make_optimizer, micro_batches, most_of_ranks, on_completions, optimizer_step, read_jsonl, save_checkpoint, start, step_rows, token_loss, token_stats)
 
@@ -186,7 +185,9 @@ class Args:
     dry_run: bool = False
     """Check everything, print the plan and what both sides read, and stop before the model loads."""
     timeout: float = 30.0
-    """Minutes that a process waits for the others before the run ends."""
+    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
+    keep_going: bool = False
+    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project."""
 
@@ -636,8 +637,7 @@ def main(args: Args) -> None:
             if problem:
                 if step > 1:
                     save_checkpoint(run, step - 1, student, None, optimizer, score)
-                again = shlex.join([*(word for word in sys.argv if word != "--resume"), "--resume"])
-                raise RunError(f"{problem}; the run stands after step {step - 1}, go on with: {again}")
+                raise RunError(f"{problem}; the run stands after step {step - 1}, go on with: {again()}")
 
         # 3. Learn, one optimiser step per mini-batch of prompts.
         sums = dict.fromkeys(("loss", "divergence", "teacher_logp", "logp", "entropy", "mass_student", "mass_teacher", "ratio", "tokens"), 0.0)
@@ -689,7 +689,7 @@ def main(args: Args) -> None:
         if step % args.save_every == 0 or step == steps or stop:
             save_checkpoint(run, step, student, None, optimizer, score)
         if stop:
-            return run.say(f"stopped after step {step}; go on with the same command and --resume")
+            return run.say(f"stopped after step {step}; go on with: {again()}")
 
     finish(run, student, tokenizer, score)
 

@@ -25,8 +25,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Reviser, Sampler, Support, Teacher, as_messages, batch_rows,
-                    begin, chat_ids, distill_loss, evaluate, evaluate_revision, explain, find, finish, fit, grade, launch, learning_rate,
+from common import (PHRASES, SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Reviser, Sampler, Support, Teacher, again, as_messages,
+                    batch_rows, begin, chat_ids, distill_loss, evaluate, evaluate_revision, explain, find, finish, fit, grade, launch, learning_rate,
                     load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches,
                     on_completions, optimizer_step, question_key, save_checkpoint, start, without_eos)
 
@@ -154,7 +154,9 @@ class Args:
     dry_run: bool = False
     """Check everything, print the plan and what both sides read, and stop before the model loads."""
     timeout: float = 30.0
-    """Minutes that a process waits for the others before the run ends."""
+    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
+    keep_going: bool = False
+    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project."""
 
@@ -299,7 +301,7 @@ def main(args: Args) -> None:
 
         # 2. Verdict: r, right or wrong, and with it the phrase P_r.
         with run.timer("verify"):
-            graded = grade(verify, [(tokenizer.decode(y.ids, skip_special_tokens=True), row) for row, y in answers])
+            graded = grade(run, verify, [(tokenizer.decode(y.ids, skip_special_tokens=True), row) for row, y in answers])
             solved = [reward >= SOLVED for reward, _ in graded]
 
         # 3. Show the reviser the answer and its verdict: x, y without its EOS, P_r. Right and wrong answers teach alike.
@@ -333,7 +335,7 @@ def main(args: Args) -> None:
             sums["loss"] += loss.item()
             for name, values in stats.items():
                 sums[name] += values.sum().item()
-            right_N = torch.tensor([s.solved for s in micro for _ in s.y], dtype=torch.bool, device=run.device)
+            right_N = torch.tensor([s.solved for s in micro for _ in s.y], device=run.device).bool()
             sums["right"] += stats["divergence"][right_N].sum().item()
             sums["right_n"] += right_N.sum().item()
             if step == 1:
@@ -367,7 +369,7 @@ def main(args: Args) -> None:
         if step % args.save_every == 0 or step == steps or stop:
             save_checkpoint(run, step, student, teacher, optimizer, score)
         if stop:
-            return run.say(f"stopped after step {step}; go on with the same command and --resume")
+            return run.say(f"stopped after step {step}; go on with: {again()}")
 
     finish(run, student, tokenizer, score)
 
