@@ -23,6 +23,7 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -43,14 +44,19 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import tyro
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 
@@ -91,9 +97,25 @@ def launch(main: Callable[[Any], None], args_type: type, presets: dict[str, dict
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except (OSError, RuntimeError) as error:
+        full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        lost = re.search(r"gloo|nccl|TCPStore|ProcessGroup", str(error), re.IGNORECASE)
+        if not full and not lost:
+            raise
+        why = "the disk is full" if full else "another process is gone, or has not answered for --timeout minutes"
+        print(f"[rank {os.environ.get('RANK', 0)}] error: {why} ({first_line(error)}); go on from the last checkpoint with: {again()}",
+              file=sys.stderr, flush=True)
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def again() -> str:
+    """The command that goes on with this run."""
+    start = ["python"] if "RANK" not in os.environ else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    nodes = ["--nnodes", os.environ["GROUP_WORLD_SIZE"]] if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else []
+    return shlex.join([*start, *nodes, *(word for word in sys.argv if word not in ("--resume", "--overwrite")), "--resume"])
 
 
 class Run:
@@ -108,10 +130,10 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        self.main = self.rank == 0
+        self.main, self.mesh = self.rank == 0, None         # the mesh that models are sharded over, when there is more than one process
         self.times: dict[str, float] = {}
         self.began, self.tokens, self.seconds, self.stopped, self.bar, self.wandb = time.time(), 0.0, 0.0, False, None, None
-        self.skipped = 0                                     # updates in a row whose gradient was not finite
+        self.skipped, self.skipped_all = 0, 0                # updates whose gradient was not finite: in a row, and in all
         self.files: dict[str, str] = {}                      # name -> text of files that every saved model folder carries
 
     def sum(self, **parts: float) -> dict[str, float]:
@@ -120,6 +142,10 @@ class Run:
         if self.world > 1:
             dist.all_reduce(values)
         return dict(zip(parts, values.tolist()))
+
+    def agree(self, problem: str) -> str:
+        """The first problem that any rank has, known to all; "" when there is none. No rank goes on before all are here."""
+        return next(filter(None, self.gather([problem])), "")
 
     def gather(self, values: list) -> list:
         """The lists of all ranks, laid end to end."""
@@ -151,6 +177,8 @@ class Run:
             self.tokens += metrics["train/tokens"]
             metrics["time/tokens_per_s"] = metrics["train/tokens"] / seconds
         metrics["memory/peak_gib"] = peak_memory(self.device) / 2**30
+        if self.skipped_all:
+            metrics["train/skipped"] = self.skipped_all
         self.times = {}
         if not self.main:
             return
@@ -176,8 +204,13 @@ def start(args: Any, even: bool = True) -> Run:
     run = Run(args)
     if run.device.type == "cuda":
         torch.cuda.set_device(run.device)
+    if run.world % args.replicas:
+        raise InputError(f"--replicas {args.replicas}: {run.world} processes cannot be cut into so many equal parts; take a divisor of {run.world}")
     if run.world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo", timeout=timedelta(minutes=args.timeout))
+    if run.world > 1:
+        shape = (args.replicas, run.world // args.replicas) if args.replicas > 1 else (run.world,)
+        run.mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
     import transformers
     transformers.logging.disable_progress_bar()
     torch.manual_seed(args.seed)                             # only initial LoRA weights draw from it; rollouts have their own
@@ -200,7 +233,8 @@ def start(args: Any, even: bool = True) -> Run:
 
 # Flags that may change between a run and its continuation: they decide where, when and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "overwrite", "dry_run", "tokens_per_batch", "sample_batch", "eval_every", "save_every",
-                  "wandb_project", "collect_only", "teacher_url", "teacher_retries", "teacher_timeout", "teacher_requests"}
+                  "wandb_project", "collect_only", "teacher_url", "teacher_retries", "teacher_timeout", "teacher_requests", "replicas",
+                  "gather_to_sample", "activation_checkpointing", "timeout", "keep_going"}
 
 
 def claim_folder(run: Run, config: dict) -> None:
@@ -227,12 +261,17 @@ def claim_folder(run: Run, config: dict) -> None:
                                + "); use the same flags or another --out")
         except OSError as error:
             problem = f"--out {run.out}: cannot write there ({error.strerror}); give a folder that you may write to"
-    if run.world > 1:
-        box = [problem]
-        dist.broadcast_object_list(box, src=0)
-        problem = box[0]
-    if problem:
+    if problem := run.agree(problem):
         raise InputError(problem)
+
+
+def most_of_ranks(n: int) -> int:
+    """The largest of the ranks' numbers."""
+    if not dist.is_initialized():
+        return n
+    number = torch.tensor(n, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
 
 
 def begin(run: Run, steps: int, done: int) -> None:
@@ -326,29 +365,155 @@ def load_tokenizer(source: str, flag: str = "--model") -> Any:
     return tokenizer
 
 
-def load_model(source: str, run: Run, lora_rank: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(source: str, run: Run, lora_rank: int = 0, dtype: torch.dtype = torch.float32, adapter: str = "") -> nn.Module:
     """A causal LM in `dtype` (fp32: master weights) on this rank's device, in eval mode: dropout off, always.
 
-    `lora_rank` > 0 freezes it and adds adapters on every linear layer but the head (alpha = 2 rank).
+    `lora_rank` > 0 freezes it and adds adapters on every linear layer but the head (alpha = 2 rank). `adapter` is a trained one,
+    merged into the weights. With several processes the first one reads the weights and hands every rank its shards of them.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    path = find(source)
-    attention = "sdpa" if run.device.type == "cuda" else "eager"      # on CPU, SDPA's backward is slow at short lengths
+    from transformers import AutoConfig
+    plain, problem = None, ""
+    if run.main:
+        try:
+            plain = read_model(source, run, lora_rank, dtype, adapter)
+        except InputError as error:
+            problem = str(error)
+    if problem := run.agree(problem):
+        raise InputError(problem)
+    config = AutoConfig.from_pretrained(find(source))
+    if run.mesh is None:
+        model = plain.to(run.device)
+    else:
+        model = skeleton(config, run, lora_rank, dtype)
+        [model.generation_config] = run.gather([plain.generation_config] if run.main else [])
+        hand_out(plain, model, run)
+    model.source, model.source_dtype, model.lora_rank = source, config.dtype or dtype, lora_rank       # best/ and last/ are written in this dtype
+    check_head(model, source)
+    return model
+
+
+def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, adapter: str) -> nn.Module:
+    """The whole model, on the CPU."""
+    from transformers import AutoModelForCausalLM
     try:
-        source_dtype = AutoConfig.from_pretrained(path).dtype or dtype
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(find(source), dtype=dtype, attn_implementation=attention(run))
     except (OSError, ValueError) as error:
         raise InputError(f"--model {source}: no model could be loaded from there ({first_line(error)}); give a Hugging Face folder or "
                          "hub id") from error
-    model = model.to(run.device).eval()
-    model.source, model.source_dtype = source, source_dtype  # best/ and last/ are written in this dtype
-    if lora_rank:
+    model = merge_adapter(model, adapter, source) if adapter else model
+    return add_lora(model.eval(), lora_rank)
+
+
+def attention(run: Run) -> str:
+    return "sdpa" if run.device.type == "cuda" else "eager"          # on CPU, SDPA's backward is slow at short lengths
+
+
+def add_lora(model: nn.Module, rank: int) -> nn.Module:
+    if rank:
         from peft import LoraConfig, inject_adapter_in_model
-        model = inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=linear_names(model)), model)
+        model = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear_names(model)), model)
         for name, p in model.named_parameters():
             p.requires_grad_("lora_" in name)
-    check_head(model, source)
     return model
+
+
+def skeleton(config: Any, run: Run, lora_rank: int, dtype: torch.dtype) -> nn.Module:
+    """The model without weights, sharded layer by layer over all ranks (over a part of them, --replicas)."""
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(run))
+        model = add_lora(model.eval(), lora_rank)
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in [*blocks(model), model]:
+        fully_shard(module, mesh=run.mesh, mp_policy=bf16 if computes_in_bf16(run.args, run.device) else MixedPrecisionPolicy())
+        module.set_gradient_divide_factor(1.0)               # gradients are sums: the loss was already divided by global counts
+        module.set_force_sum_reduction_for_comms(True)       # gloo knows no other
+    model.apart = lambda fn: fn()
+    register_fsdp_forward_method(model, "apart")
+    return model
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers."""
+    names = model._no_split_modules or ()
+    found = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
+    return found or list(getattr(model.base_model, "layers", None) or model.base_model.h)
+
+
+@torch.no_grad()
+def hand_out(plain: nn.Module | None, model: nn.Module, run: Run) -> None:
+    """Fills the skeleton from the first rank's whole model, one tensor at a time: no other rank ever holds more than one."""
+    theirs, state = plain.state_dict() if plain else {}, {}
+    for name, hollow in model.state_dict().items():
+        if isinstance(hollow, DTensor):
+            full = theirs[name].to(run.device, hollow.dtype) if plain else torch.empty(hollow.shape, dtype=hollow.dtype, device=run.device)
+            state[name] = distribute_tensor(full, hollow.device_mesh, hollow.placements)
+    model.load_state_dict(state, assign=True, strict=False)
+    for name, hollow in list(model.named_buffers(remove_duplicate=False)):          # some, like rotary frequencies, are in no state dict
+        full = (plain.get_buffer(name) if plain else torch.empty(hollow.shape, dtype=hollow.dtype)).to(run.device)
+        dist.broadcast(full, src=0)
+        set_buffer(model, name, full)
+
+
+def set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, value)
+
+
+@torch.no_grad()
+def copy_of(model: nn.Module, run: Run) -> nn.Module:
+    """The model once more, without gradients: its own copy of what is trained, the frozen weights shared."""
+    trained = {name for name, p in parameters_of(model).items() if p.requires_grad}
+    if not is_sharded(model):
+        return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).requires_grad_(False)
+    other = skeleton(model.config, run, model.lora_rank, torch.float32).requires_grad_(False)
+    own = trained if model.lora_rank else set(model.state_dict())                   # all, also under the second name of a tied head
+    other.load_state_dict({name: t.clone() if name in own else t for name, t in model.state_dict().items()}, assign=True)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        set_buffer(other, name, buffer)
+    other.generation_config, other.head_rows = model.generation_config, getattr(model, "head_rows", None)
+    return other
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole(model: nn.Module, fn: Callable[[], Any]) -> Any:
+    """fn() as a forward pass of the model: under sharding its head is a plain tensor inside, and its gradient flows.
+
+    The head stays whole until a backward, or until `parameters_of`: neither chunks of the loss nor tokens gather it again.
+    """
+    return model.apart(fn) if is_sharded(model) else fn()
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module, args: Any) -> Iterator[bool]:
+    """With --gather-to-sample every rank holds the whole model inside. True when forward passes then need no other rank."""
+    if not is_sharded(model) or not args.gather_to_sample:
+        yield not is_sharded(model)
+        return
+    whole(model, lambda: None)                               # FSDP learns which module is the root from its first forward pass
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield True
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name; under sharding the shards, never the gathered copies that a forward pass leaves in the root."""
+    if is_sharded(model):
+        model.reshard()
+    return dict(model.named_parameters())
+
+
+def local(p: Tensor) -> Tensor:
+    """This rank's part of it, in place."""
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -362,17 +527,20 @@ def check_head(model: nn.Module, source: str) -> None:
     """Our logits from hidden states are the model's own, or the model is refused."""
     ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
     with torch.no_grad():
-        ours = head_of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+        ours = whole(model, lambda: head_of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]))
         theirs = model(input_ids=ids, use_cache=False).logits[0].float()
-    gap = (ours - theirs).abs().max().item()
-    if not gap <= 2e-2 * max(1.0, theirs.abs().max().item()) or (model.dtype == torch.float32 and gap > 1e-3):
+    gap, exact = (ours - theirs).abs().max().item(), model.dtype == torch.float32 and not (is_sharded(model) and ids.is_cuda)
+    if not gap <= 2e-2 * max(1.0, theirs.abs().max().item()) or (exact and gap > 1e-3):
         raise InputError(f"--model {source}: {type(model).__name__} does something to its logits beyond a linear head with bias, scale "
                          f"and soft-cap (ours differ by {gap:.3g}); teach common.head_of that step first")
 
 
-def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as the plain architecture names it, LoRA added into the weights; the model itself is not touched."""
-    weights = {}
+@torch.no_grad()
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) as the plain architecture names them, LoRA added in, whole on every rank; the model itself is not touched.
+
+    One tensor at a time, and all ranks must go through all of them: under sharding each is a collective.
+    """
     for name, tensor in model.state_dict().items():
         if "lora_" in name:
             continue
@@ -380,21 +548,37 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
         if plain != name and plain.endswith(".weight"):
             layer = model.get_submodule(name.rsplit(".base_layer.", 1)[0])
             tensor = tensor + layer.get_delta_weight("default").to(tensor.dtype)
-        weights[plain] = tensor
-    return weights
+        yield plain, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def save_folder(run: Run, model: nn.Module, tokenizer: Any, name: str, card: str) -> None:
     """`out/name`: a plain Hugging Face folder (weights in the dtype they came in), written aside and renamed."""
+    from safetensors import SafetensorError
+    weights, final, aside, problem = {}, run.out / name, run.out / f".{name}.tmp", ""
+    for key, tensor in full_weights(model):
+        if run.main:
+            weights[key] = tensor.to("cpu", model.source_dtype)
     if run.main:
-        final, aside = run.out / name, run.out / f".{name}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside, state_dict={name: w.to(model.source_dtype) for name, w in merged_weights(model).items()})
-        tokenizer.save_pretrained(aside)
-        for name, text in {"README.md": card, **run.files}.items():
-            (aside / name).write_text(text)
-        replace_folder(aside, final)
-    barrier(run)
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(aside, state_dict=weights)
+            tokenizer.save_pretrained(aside)
+            for file, text in {"README.md": card, **run.files}.items():
+                (aside / file).write_text(text)
+            replace_folder(aside, final)
+        except (OSError, SafetensorError) as error:
+            problem = first_line(error)
+    if problem := run.agree(problem):
+        unwritten(run, f"{name}/", problem)
+
+
+def unwritten(run: Run, what: str, problem: str) -> None:
+    """What to do on all ranks when something could not be written: the run ends, or with --keep-going only says so."""
+    good = sorted((run.out / "checkpoints").glob("step-*"))
+    sentence = f"{what} could not be written ({problem}); the last good checkpoint is {good[-1] if good else 'none'}"
+    if not run.args.keep_going:
+        raise RunError(f"{sentence}; make room and go on with: {again()}")
+    run.say(f"{sentence}; the run goes on")
 
 
 def replace_folder(aside: Path, final: Path) -> None:
@@ -638,11 +822,14 @@ class Sampler:
         """One rollout for each prompt; `keys` are (row, sample), of which any process may draw any."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))        # alike lengths together: little padding
         out: list[Any] = [None] * len(prompts)
-        with torch.inference_mode(), compute_dtype(model, self.args):
-            for lo in range(0, len(order), self.args.sample_batch):
-                part = order[lo:lo + self.args.sample_batch]
-                noise = np.stack([uniforms((self.args.seed, *stream, *keys[i]), self.args.max_completion_tokens) for i in part])
-                drawn = decode(model, [prompts[i] for i in part], torch.from_numpy(noise), self.eos, temperature, top_p, top_k)
+        # What FSDP gathers under inference mode no later backward could use.
+        with (torch.inference_mode(not is_sharded(model)), torch.no_grad(), compute_dtype(model, self.args),
+              gathered(model, self.args) as free):
+            most = (lambda n: n) if free else most_of_ranks  # in lock-step every rank makes as many forward passes as the busiest
+            for lo in range(0, most(len(order)), self.args.sample_batch):
+                part, T = order[lo:lo + self.args.sample_batch], self.args.max_completion_tokens
+                noise = np.array([uniforms((self.args.seed, *stream, *keys[i]), T) for i in part]).reshape(len(part), T)
+                drawn = decode(model, [prompts[i] for i in part], torch.from_numpy(noise), self.eos, temperature, top_p, top_k, most)
                 for i, rollout in zip(part, drawn, strict=True):
                     out[i] = rollout
         return out
@@ -652,10 +839,16 @@ def uniforms(key: tuple[int, ...], length: int) -> np.ndarray:
     return np.random.default_rng(key).random(length)
 
 
-def decode(model: nn.Module, prompts: list[list[int]], noise_BT: Tensor, eos: Tensor, temperature: float, top_p: float, top_k: int) -> list[Rollout]:
-    """One batch to its end: prefill the distinct prompts, then token by token; finished rows leave the batch."""
+def decode(model: nn.Module, prompts: list[list[int]], noise_BT: Tensor, eos: Tensor, temperature: float, top_p: float, top_k: int,
+           most: Callable[[int], int] = int) -> list[Rollout]:
+    """One batch to its end: prefill the distinct prompts, then token by token; finished rows leave the batch.
+
+    It ends when `most` of the number of rows still alive is 0: the last of this batch, or of those of all ranks (`gathered`).
+    """
     from transformers import DynamicCache
-    device, T = model.device, noise_BT.shape[1]
+    device, T, wanted = model.device, noise_BT.shape[1], len(prompts)
+    if not prompts:                                          # nothing to do here but to keep the other ranks company
+        prompts, noise_BT = [[0]], noise_BT.new_zeros(1, T)
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     place = {p: i for i, p in enumerate(distinct)}
     which = torch.tensor([place[tuple(p)] for p in prompts], device=device)
@@ -672,7 +865,7 @@ def decode(model: nn.Module, prompts: list[list[int]], noise_BT: Tensor, eos: Te
     tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
     logps_BT = torch.zeros(B, T, device=device)
     length_B = torch.full((B,), T, device=device)
-    ended_B = torch.zeros(B, dtype=torch.bool, device=device)
+    ended_B = torch.full((B,), not wanted, device=device)
     alive = torch.arange(B, device=device)                   # rows of the batch still in the cache
     for t in range(T):
         token, logp = draw(z_BV, noise_BT[alive, t], temperature, top_p, top_k)
@@ -681,24 +874,24 @@ def decode(model: nn.Module, prompts: list[list[int]], noise_BT: Tensor, eos: Te
         over = live & torch.isin(token, eos)
         ended_B[alive[over]], length_B[alive[over]] = True, t + 1
         live &= ~over
-        if t + 1 == T or not live.any():
+        if t + 1 == T or not most(int(live.sum())):
             break
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], 1)
-        if live.sum() <= 0.75 * len(live):                   # copying the cache pays once a quarter of its rows are done
+        if 0 < live.sum() <= 0.75 * len(live):               # copying the cache pays once a quarter of its rows are done
             keep = live.nonzero()[:, 0]
             cache.batch_select_indices(keep)
             alive, token, mask_BL = alive[keep], token[keep], mask_BL[keep]
         z_BV = step_logits(model, token[:, None], mask_BL, cache, padded)
     rows = zip(tokens_BT.tolist(), logps_BT.tolist(), length_B.tolist(), ended_B.tolist())
-    return [Rollout(ids[:n], logps[:n], ended) for ids, logps, n, ended in rows]
+    return [Rollout(ids[:n], logps[:n], ended) for ids, logps, n, ended in rows][:wanted]
 
 
 def step_logits(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, cache: Any, padded: bool) -> Tensor:
     """Logits [B, V] after the last of `ids_BL`, which extend what the cache holds. Positions count real tokens only."""
     position_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1]:]
-    h_BLD = model.base_model(input_ids=ids_BL, attention_mask=mask_BL if padded else None, position_ids=position_BL,
-                             past_key_values=cache, use_cache=True).last_hidden_state
-    return head_of(model).logits(h_BLD[:, -1])
+    states = lambda: model.base_model(input_ids=ids_BL, attention_mask=mask_BL if padded else None, position_ids=position_BL,
+                                      past_key_values=cache, use_cache=True).last_hidden_state
+    return whole(model, lambda: head_of(model).logits(states()[:, -1]))
 
 
 def draw(z_BV: Tensor, noise_B: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
@@ -730,8 +923,11 @@ def eos_ids_of(tokenizer: Any, model: nn.Module) -> list[int]:
 
 def compute_dtype(model: nn.Module, args: Any) -> Any:
     """Forward passes in bf16 on CUDA (weights stay fp32), exact fp32 elsewhere; --dtype overrides."""
-    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and model.device.type == "cuda")
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=computes_in_bf16(args, model.device))
+
+
+def computes_in_bf16(args: Any, device: torch.device) -> bool:
+    return args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
 
 
 # ---------------------------------------------------------------- Teacher: fp32, moved after a step, saved and resumed
@@ -741,15 +937,17 @@ def on_completions(model: nn.Module, pairs: list[tuple[list[int], list[int]]], a
     """fn(h_ND, head): row n of `h_ND` is the hidden state that predicts completion token n, pairs laid end to end.
 
     The one place that shifts by one: the state at position p - 1 predicts the token at p. Right-padded, so that under causal
-    attention no real token sees padding and a pair's states are the same alone and in any batch.
+    attention no real token sees padding and a pair's states are the same alone and in any batch. Without pairs the model reads
+    one token, so that a sharded one meets its other ranks, and N is 0: a loss of 0, gradients of 0.
     """
+    pairs = pairs or [([0], [])]
     width = max(len(prompt) + len(y) for prompt, y in pairs)
     ids_BL = torch.tensor([[*prompt, *y, *[0] * (width - len(prompt) - len(y))] for prompt, y in pairs], device=model.device)
-    row = torch.tensor([b for b, (_, y) in enumerate(pairs) for _ in y], device=model.device)
-    col = torch.tensor([len(prompt) - 1 + t for prompt, y in pairs for t in range(len(y))], device=model.device)
+    row = torch.tensor([b for b, (_, y) in enumerate(pairs) for _ in y], dtype=torch.long, device=model.device)
+    col = torch.tensor([len(prompt) - 1 + t for prompt, y in pairs for t in range(len(y))], dtype=torch.long, device=model.device)
     with compute_dtype(model, args):
-        h_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-        return fn(h_BLD[row, col], head_of(model))
+        states = lambda: model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        return whole(model, lambda: fn(states()[row, col], head_of(model)))
 
 
 HOLDS_A_COPY = ("base", "ema", "trust_region")               # teachers that begin as the student and keep weights of their own
@@ -767,29 +965,29 @@ class Teacher:
     """
 
     def __init__(self, kind: str, rate: float, student: nn.Module, run: Run):
-        self.kind, self.rate, self.student, self.args = kind, rate, student, run.args
+        self.kind, self.rate, self.student, self.run = kind, rate, student, run
         if kind == "live":
             self.model = student
         elif kind in HOLDS_A_COPY:
-            frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
-            self.model = copy.deepcopy(student, frozen).requires_grad_(False)
+            self.model = copy_of(student, run)
         else:
             self.model = load_teacher(kind, student, run)
 
-    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(teacher's, student's) parameter for each one that is trained."""
-        return [(t, s) for t, s in zip(self.model.parameters(), self.student.parameters()) if s.requires_grad]
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(teacher's, student's) part on this rank of each parameter that is trained."""
+        theirs = parameters_of(self.model)
+        return {name: (local(theirs[name]), local(s)) for name, s in parameters_of(self.student).items() if s.requires_grad}
 
     @torch.no_grad()
     def targets(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, Tensor, Head]]:
         """[(coefficient, h_ND, head)]: target logits are the sum of coefficient * head.logits(h)."""
         parts = [(1 - self.rate, self.model), (self.rate, self.student)] if self.kind == "trust_region" else [(1.0, self.model)]
-        return [on_completions(model, pairs, self.args, lambda h_ND, head: (c, h_ND, head)) for c, model in parts]
+        return [on_completions(model, pairs, self.run.args, lambda h_ND, head: (c, h_ND, head)) for c, model in parts]
 
     @torch.no_grad()
     def update(self) -> None:
         if self.kind == "ema":
-            teacher, student = zip(*self.pairs())
+            teacher, student = zip(*self.pairs().values())
             torch._foreach_lerp_(list(teacher), list(student), self.rate)     # (1 - rate) teacher + rate student
 
     @torch.no_grad()
@@ -797,15 +995,14 @@ class Teacher:
         """|teacher - student| / |student| over the trained weights; 0 for a live teacher."""
         if self.kind not in HOLDS_A_COPY:
             return 0.0
-        gap, size = zip(*[((t - s).square().sum(), s.square().sum()) for t, s in self.pairs()])
-        return (sum(gap) / sum(size)).sqrt().item()
+        gap, size = zip(*[((t - s).square().sum(), s.square().sum()) for t, s in self.pairs().values()])
+        n = self.run.sum(gap=sum(gap).item(), size=sum(size).item())      # replicas count in both
+        return math.sqrt(n["gap"] / n["size"])
 
-    def state(self) -> list[Tensor]:
-        return [t.data for t, _ in self.pairs()] if self.kind in HOLDS_A_COPY else []
-
-    def load(self, state: list[Tensor]) -> None:
-        for (t, _), saved in zip(self.pairs() if state else [], state, strict=True):
-            t.data.copy_(saved)
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold, by name."""
+        theirs = parameters_of(self.model)
+        return {name: theirs[name] for name in self.pairs()} if self.kind in HOLDS_A_COPY else {}
 
 
 def is_adapter(source: str) -> bool:
@@ -815,8 +1012,8 @@ def is_adapter(source: str) -> bool:
 def load_teacher(source: str, student: nn.Module, run: Run) -> nn.Module:
     """Another model of the student's vocabulary. Heads padded to different sizes are both cut to the smaller one, and that is said."""
     rows = check_vocabularies(student.source, source)
-    model = load_model(student.source if is_adapter(source) else source, run, dtype=torch.bfloat16 if run.device.type == "cuda" else torch.float32)
-    model = merge_adapter(model, source) if is_adapter(source) else model
+    base, adapter = (student.source, source) if is_adapter(source) else (source, "")
+    model = load_model(base, run, dtype=torch.bfloat16 if run.device.type == "cuda" else torch.float32, adapter=adapter)
     ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (student, model))
     if min(ours, theirs) < rows:
         raise InputError(f"--teacher {source}: the tokenizer has {rows} tokens, but the student's head has {ours} rows and the teacher's "
@@ -839,7 +1036,7 @@ def check_vocabularies(student: str, teacher: str) -> int:
     return max(ours.values()) + 1
 
 
-def merge_adapter(model: nn.Module, source: str) -> nn.Module:
+def merge_adapter(model: nn.Module, source: str, base: str) -> nn.Module:
     """The model with a peft adapter added into its weights; one that does not fit them in name or shape is refused."""
     from peft import PeftConfig, PeftModel
     try:
@@ -851,7 +1048,7 @@ def merge_adapter(model: nn.Module, source: str) -> nn.Module:
             raise ValueError(f"{strangers[0]} has no counterpart")
         merged = wrapped.merge_and_unload()
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"--teacher {source}: this adapter does not fit the student's base {model.source} ({first_line(error)}); give the "
+        raise InputError(f"--teacher {source}: this adapter does not fit the student's base {base} ({first_line(error)}); give the "
                          "--model it was trained on, or a merged teacher") from error
     return merged
 
@@ -1120,14 +1317,17 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def micro_batches(samples: list[Any], length: Callable[[Any], int], max_tokens: int) -> list[list[Any]]:
-    """Sorted by length, longest first, so that padding is small; rows x longest <= max_tokens (a longer one goes alone)."""
+    """Sorted by length, longest first, so that padding is small; rows x longest <= max_tokens (a longer one goes alone).
+
+    As many on every rank as on the one that needs most: the others end with empty ones (`on_completions`).
+    """
     batches: list[list[Any]] = []
     for sample in sorted(samples, key=length, reverse=True):
         if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= max_tokens:
             batches[-1].append(sample)
         else:
             batches.append([sample])
-    return batches
+    return batches + [[]] * (most_of_ranks(len(batches)) - len(batches))
 
 
 @torch.no_grad()
@@ -1154,19 +1354,26 @@ def learning_rate(step: int, steps: int, args: Any) -> float:
 
 
 def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
-    params = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(params, lr=args.lr, betas=args.adam_betas, weight_decay=args.weight_decay, eps=1e-8)
+    """AdamW on this rank's shards of what is trained. Its moments are there from the start: a checkpoint has a place for each."""
+    params = [p for p in parameters_of(model).values() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=args.adam_betas, weight_decay=args.weight_decay, eps=1e-8)
+    for p in params:
+        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, run: Run) -> float:
-    """Adds gradients over ranks, clips, steps; returns the norm before clipping. A non-finite gradient skips the update."""
+    """Clips the gradient, which sharding has added up over ranks, and steps; returns the norm before clipping.
+
+    A non-finite gradient skips the update.
+    """
     params = optimizer.param_groups[0]["params"]
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if run.world > 1:
-            dist.all_reduce(p.grad)                          # a sum: the loss was already divided by the global count
-    norm = nn.utils.clip_grad_norm_(params, run.args.grad_clip or math.inf).item()
+    norm = nn.utils.clip_grad_norm_(params, run.args.grad_clip or math.inf)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
+    run.skipped_all += not math.isfinite(norm)
     if math.isfinite(norm):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -1571,7 +1778,12 @@ def load_verifier(name: str) -> Callable[[str, dict], tuple[float, str]]:
         raise InputError(f"--verifier {name}: expected {', '.join(VERIFIERS)} or path/to/file.py:function")
 
     def verified(completion: str, row: dict) -> tuple[float, str]:
-        result = verify(completion, row)
+        try:
+            result = verify(completion, row)
+        except (InputError, RunError):
+            raise
+        except Exception as error:
+            raise RunError(f"--verifier {name} broke on {row['where']} ({type(error).__name__}: {first_line(error)})") from error
         reward, feedback = result if isinstance(result, tuple) else (result, "")
         if not (isinstance(reward, (int, float)) and 0 <= reward <= 1):
             raise RunError(f"--verifier {name} gave {result!r} for {row['where']}; expected a reward in [0, 1], or (reward, feedback)")
@@ -1579,53 +1791,97 @@ def load_verifier(name: str) -> Callable[[str, dict], tuple[float, str]]:
     return verified
 
 
-def grade(verify: Callable[[str, dict], tuple[float, str]], completions: list[tuple[str, dict]]) -> list[tuple[float, str]]:
-    """(reward, feedback) of each (completion, row), eight at a time: the slow verifiers wait for processes of their own."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda pair: verify(*pair), completions))
+def grade(run: Run, verify: Callable[[str, dict], tuple[float, str]], completions: list[tuple[str, dict]]) -> list[tuple[float, str]]:
+    """(reward, feedback) of each (completion, row), eight at a time: the slow verifiers wait for processes of their own.
+
+    No verdict for half of --timeout, so before the other processes give up: a verifier hangs, and its row is named.
+    """
+    marks: list[Any] = [None] * len(completions)
+    left, done = iter(range(len(completions))), queue.SimpleQueue()
+
+    def work() -> None:
+        for i in left:
+            try:
+                marks[i] = verify(*completions[i])
+            except Exception as error:
+                marks[i] = error
+            done.put(i)
+    for _ in range(min(8, len(completions))):
+        threading.Thread(target=work, daemon=True).start()   # a daemon: one that hangs does not keep the process alive
+    try:
+        for _ in completions:
+            if isinstance(mark := marks[done.get(timeout=30 * run.args.timeout)], Exception):
+                raise mark
+    except queue.Empty:
+        where = next(row["where"] for mark, (_, row) in zip(marks, completions) if mark is None)
+        raise RunError(f"the verifier has not come back from {where} for {run.args.timeout / 2:g} minutes, half of --timeout; mend it, or raise "
+                       f"--timeout, and go on with: {again()}") from None
+    finally:
+        for _ in left:                                       # nothing new is begun for a run that ends
+            pass
+    return marks
 
 
 # ---------------------------------------------------------------- Checkpoints: written aside and renamed
 
 
+def checkpoint_tensors(student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors that the next step depends on, by name, each rank's shards of them: any number of processes can read them."""
+    trained = {name: p for name, p in parameters_of(student).items() if p.requires_grad}
+    held = {f"student/{name}": p for name, p in trained.items()} | {f"teacher/{name}": t for name, t in (teacher.state() if teacher else {}).items()}
+    moments = {f"optimizer/{name}/{key}": value for name, p in trained.items() for key, value in optimizer.state[p].items()}
+    return {name: tensor.detach() for name, tensor in (held | moments).items()}
+
+
 def save_checkpoint(run: Run, step: int, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer, score: dict) -> None:
-    """checkpoints/step-N.pt: all that the next step depends on. Orders and random numbers follow from (seed, step) alone."""
-    if run.main:
-        folder = run.out / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        state = {"step": step, "student": [p.data for p in student.parameters() if p.requires_grad], "score": score,
-                 "teacher": teacher.state() if teacher else [], "optimizer": optimizer.state_dict(), "tokens": run.tokens,
-                 "seconds": run.seconds}
-        aside = folder / ".aside.pt"
-        torch.save(state, aside)
-        aside.rename(folder / f"step-{step:08d}.pt")
-        for old in sorted(folder.glob("step-*.pt"))[:-2]:
-            old.unlink()
-    barrier(run)
+    """checkpoints/step-N: all that the next step depends on. Orders and random numbers follow from (seed, step) alone."""
+    folder, problem = run.out / "checkpoints", ""
+    final, aside = folder / f"step-{step:08d}", folder / ".aside"
+    if final.exists():                                       # the same bytes: it was saved before what went wrong since
+        return
+    state = {"step": step, "score": score, "tokens": run.tokens, "seconds": run.seconds, "skipped": run.skipped_all}
+    try:
+        if run.main:
+            shutil.rmtree(aside, ignore_errors=True)         # of a save that was killed
+        dcp.save(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=aside, no_dist=run.world == 1)
+    except dcp.CheckpointException as error:             # on all ranks, whichever could not write
+        problem = causes(error)
+    if run.main and not problem:
+        try:
+            (aside / "state.json").write_text(json.dumps(state))
+            replace_folder(aside, final)
+            for old in sorted(folder.glob("step-*"))[:-2]:
+                shutil.rmtree(old)
+        except OSError as error:
+            problem = first_line(error)
+    if problem := run.agree(problem):
+        unwritten(run, f"the checkpoint of step {step}", problem)
+
+
+def causes(error: dcp.CheckpointException) -> str:
+    return ", ".join(f"rank {rank}: {first_line(cause)}" for rank, (cause, _) in error.failures.items())
 
 
 def load_checkpoint(run: Run, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
     """(steps done, scores so far) from the newest checkpoint with --resume; (0, {}) when there is none."""
-    files = sorted((run.out / "checkpoints").glob("step-*.pt"))
-    if not files and run.main:                               # killed before its first checkpoint: it begins again
+    folders = sorted((run.out / "checkpoints").glob("step-*"))
+    if not folders and run.main:                             # killed before its first checkpoint: it begins again
         for name in ("metrics.jsonl", "samples.jsonl"):
             remove(run.out / name)
-    if not (run.args.resume and files):
+    if not (run.args.resume and folders):
         return 0, {}
-    state = torch.load(files[-1], map_location=run.device, weights_only=True)
-    with torch.no_grad():
-        for p, saved in zip((p for p in student.parameters() if p.requires_grad), state["student"], strict=True):
-            p.copy_(saved)
-    if teacher:
-        teacher.load(state["teacher"])
-    optimizer.load_state_dict(state["optimizer"])
-    run.tokens, run.seconds = state["tokens"], state["seconds"]
+    try:
+        dcp.load(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=folders[-1], no_dist=run.world == 1)
+    except dcp.CheckpointException as error:
+        raise RunError(f"{folders[-1]} cannot be read ({causes(error)}); delete it to go on from the one before") from error
+    state = json.loads((folders[-1] / "state.json").read_text())
+    run.tokens, run.seconds, run.skipped_all = state["tokens"], state["seconds"], state["skipped"]
     if run.main:                                             # what was logged after the checkpoint will be logged again
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in read_jsonl(run.out / name) if row["step"] <= state["step"]]
             (run.out / name).unlink(missing_ok=True)
             append_jsonl(run.out / name, kept)
-    run.say(f"resumed after step {state['step']} from {files[-1]}")
+    run.say(f"resumed after step {state['step']} from {folders[-1]}")
     return state["step"], state["score"]
 
 
@@ -1662,7 +1918,7 @@ def evaluate(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, evals
             groups = sampler(model, [row["prompt_ids"] for row in mine], [row["id"] for row in mine], n, (EVAL_STREAM, place),
                              temperature=args.eval_temperature, top_p=args.eval_top_p)
             texts = [[tokenizer.decode(y.ids, skip_special_tokens=True) for y in group] for group in groups]
-            marks = grade(verify, [(text, row) for group, row in zip(texts, mine) for text in group])
+            marks = grade(run, verify, [(text, row) for group, row in zip(texts, mine) for text in group])
             rewards = [[reward for reward, _ in marks[i:i + n]] for i in range(0, len(marks), n)]
             means = [sum(r) / n for r in rewards]
             t = run.sum(prompts=len(mine), x=sum(means), xx=sum(m * m for m in means), passed=sum(max(r) >= SOLVED for r in rewards),
@@ -1694,7 +1950,7 @@ def evaluate_revision(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampl
     """Generate, then revise (SD-Zero, section 5): one answer to each row, its verdict picks the phrase, the model goes on in its own turn."""
     args, mine = run.args, rows[run.rank::run.world]
     how = dict(temperature=args.eval_temperature, top_p=args.eval_top_p)
-    judge = lambda answers: [reward >= SOLVED for reward, _ in grade(verify, [
+    judge = lambda answers: [reward >= SOLVED for reward, _ in grade(run, verify, [
         (tokenizer.decode(y.ids, skip_special_tokens=True), row) for y, row in zip(answers, mine)])]
     with run.timer("eval"):
         first = sampler.each(model, [row["prompt_ids"] for row in mine], [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 0), **how)

@@ -23,7 +23,6 @@ import http.client
 import json
 import math
 import os
-import shlex
 import sys
 import threading
 import time
@@ -38,10 +37,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunError, Sampler, Support, Teacher, TopK, as_messages, barrier,
-                    batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find, finish, fit, head_of,
+from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunError, Sampler, Support, Teacher, TopK, again, as_messages,
+                    barrier, batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find, finish, fit, head_of,
                     is_adapter, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier,
-                    make_optimizer, micro_batches, on_completions, optimizer_step, read_jsonl, save_checkpoint, start, step_rows, token_loss, token_stats)
+                    make_optimizer, micro_batches, most_of_ranks, on_completions, optimizer_step, read_jsonl, save_checkpoint, start, step_rows, token_loss, token_stats)
 
 
 @dataclass
@@ -155,6 +154,14 @@ class Args:
     """Micro-batch: rows x longest prompt and answer, on one process. Changes memory and speed, not the numbers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. The student's weights and the loss are float32 in any case."""
+    replicas: int = 1
+    """Several processes share the model, its gradients and optimiser between them: each holds 1/n. With R > 1 there are R copies,
+    each shared by 1/R of them (HSDP): 8 times the memory at R = 8, and less traffic between machines if R is their number."""
+    gather_to_sample: bool = True
+    """Each process holds all weights in the compute type (2 bytes each in bf16) while it draws. Otherwise they are fetched anew
+    layer by layer for every token, and all processes decode in lock-step: slow, and for models that do not fit."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, a fraction of the memory."""
 
     # The run.
     eval_every: int = 25
@@ -177,6 +184,10 @@ class Args:
     """Delete the run that --out holds."""
     dry_run: bool = False
     """Check everything, print the plan and what both sides read, and stop before the model loads."""
+    timeout: float = 30.0
+    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
+    keep_going: bool = False
+    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project."""
 
@@ -266,7 +277,7 @@ def fixed_outputs(train: list[dict], steps: int, teacher: Any, tokenizer: Any, r
     mine, sampler = [row for i, row in sorted(met.items()) if i not in known][run.rank::run.world], Sampler(tokenizer, teacher.model, args)
     run.say(f"the teacher answers the rows of the off-policy steps: {len(met)}, of which {len(met.keys() & known.keys())} are there already")
     lines = file.read_text() if file.exists() else ""
-    for lo in range(0, len(mine), args.sample_batch):
+    for lo in range(0, most_of_ranks(len(mine)), args.sample_batch):
         rows = mine[lo:lo + args.sample_batch]
         groups = sampler(teacher.model, [row["prompt_ids"] for row in rows], [row["id"] for row in rows], 1, (OUTPUT_STREAM,),
                          temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
@@ -285,6 +296,12 @@ def advantages(logps: list[float], teacher_logps: list[float], coef: float, disc
         later = -coef * (ours - theirs) + discount * later
         A.append(later)
     return A[::-1]
+
+
+def joined(told: list[TopK], run: Run) -> TopK:
+    """What the teacher says of several y, laid end to end."""
+    nothing = TopK(*[torch.zeros(0, device=run.device)] * 3)
+    return TopK(*(torch.cat(parts).to(run.device) for parts in zip(*told))) if told else nothing
 
 
 def token_weight(length: int, sequences: float, tokens: float, average: str) -> float:
@@ -620,8 +637,7 @@ def main(args: Args) -> None:
             if problem:
                 if step > 1:
                     save_checkpoint(run, step - 1, student, None, optimizer, score)
-                again = shlex.join([*(word for word in sys.argv if word != "--resume"), "--resume"])
-                raise RunError(f"{problem}; the run stands after step {step - 1}, go on with: {again}")
+                raise RunError(f"{problem}; the run stands after step {step - 1}, go on with: {again()}")
 
         # 3. Learn, one optimiser step per mini-batch of prompts.
         sums = dict.fromkeys(("loss", "divergence", "teacher_logp", "logp", "entropy", "mass_student", "mass_teacher", "ratio", "tokens"), 0.0)
@@ -638,7 +654,7 @@ def main(args: Args) -> None:
             for m, micro in enumerate(micro_batches(samples, lambda s: len(s.prompt) + len(s.y), args.tokens_per_batch)):
                 pairs = [(s.prompt, s.y) for s in micro]
                 with run.timer("teacher"):
-                    target = (TopK(*(torch.cat(parts).to(run.device) for parts in zip(*(s.told for s in micro)))) if early
+                    target = (joined([s.told for s in micro], run) if early
                               else teacher.targets(pairs) if args.objective == "divergence" else [])
                 with run.timer("student"):
                     weight_N = torch.tensor([token_weight(len(s.y), n["sequences"], n["tokens"], args.average) for s in micro for _ in s.y],
@@ -649,7 +665,7 @@ def main(args: Args) -> None:
                 sums["tokens"] += len(weight_N)
                 for name, values in stats.items():
                     sums[name] += values.sum().item()
-                if step == 1 and first == 0 and m == 0:
+                if step == 1 and first == 0 and m == 0 and micro:
                     explain(run, tokenizer, {"student and teacher read": micro[0].prompt}, micro[0].y, stats)
 
             # 3c. Step. Gradients add up over ranks; 3a has divided.
@@ -673,7 +689,7 @@ def main(args: Args) -> None:
         if step % args.save_every == 0 or step == steps or stop:
             save_checkpoint(run, step, student, None, optimizer, score)
         if stop:
-            return run.say(f"stopped after step {step}; go on with the same command and --resume")
+            return run.say(f"stopped after step {step}; go on with: {again()}")
 
     finish(run, student, tokenizer, score)
 

@@ -24,8 +24,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Sampler, Support, Teacher, as_messages, batch_rows, begin,
-                    chat_ids, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint,
+from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Sampler, Support, Teacher, again, as_messages, batch_rows,
+                    begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint,
                     load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain, on_completions,
                     optimizer_step, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
 
@@ -130,6 +130,14 @@ class Args:
     """Micro-batch: rows x longest prompt and answer, on one process. Changes memory and speed, not the numbers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. Weights, EMA and loss are float32 in any case."""
+    replicas: int = 1
+    """Several processes share the model, its gradients and optimiser between them: each holds 1/n. With R > 1 there are R copies,
+    each shared by 1/R of them (HSDP): 8 times the memory at R = 8, and less traffic between machines if R is their number."""
+    gather_to_sample: bool = True
+    """Each process holds all weights in the compute type (2 bytes each in bf16) while it draws. Otherwise they are fetched anew
+    layer by layer for every token, and all processes decode in lock-step: slow, and for models that do not fit."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, a fraction of the memory."""
 
     # The run.
     eval_every: int = 25
@@ -152,6 +160,10 @@ class Args:
     """Delete the run that --out holds."""
     dry_run: bool = False
     """Check everything, print the plan and what both sides read, and stop before the model loads."""
+    timeout: float = 30.0
+    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
+    keep_going: bool = False
+    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project."""
 
@@ -254,7 +266,7 @@ def sequence_ratio(h_ND: Tensor, head: Head, y_N: Tensor, micro: list[Sample], m
     ratio_N = (logp_N - behaviour_N).exp().clamp(max=args.is_cap) * mask_N
     lengths = [len(s.y) for s in micro]
     means = [r.sum() / m.sum().clamp(min=1) for r, m in zip(ratio_N.split(lengths), mask_N.split(lengths))]
-    return torch.cat([w.expand(n) for w, n in zip(means, lengths)])
+    return torch.cat([ratio_N[:0], *(w.expand(n) for w, n in zip(means, lengths))])
 
 
 def sdft_loss(h_ND: Tensor, head: Head, targets: list, micro: list[Sample], weight_N: Tensor, args: Args) -> tuple[Tensor, dict]:
@@ -358,7 +370,7 @@ def main(args: Args) -> None:
             sums["loss"] += loss.item()
             for name, values in stats.items():
                 sums[name] += values[weight_N > 0].sum().item()
-            if step == 1 and m == 0:
+            if step == 1 and m == 0 and micro:
                 explain(run, tokenizer, {"student reads": micro[0].prompt, "teacher reads": micro[0].context}, micro[0].y, stats)
 
         # 5. Step. Gradients add up over ranks (3 has divided); then teacher <- (1 - rate) teacher + rate student.
@@ -384,7 +396,7 @@ def main(args: Args) -> None:
         if step % args.save_every == 0 or step == steps or stop:
             save_checkpoint(run, step, student, teacher, optimizer, score)
         if stop:
-            return run.say(f"stopped after step {step}; go on with the same command and --resume")
+            return run.say(f"stopped after step {step}; go on with: {again()}")
 
     finish(run, student, tokenizer, score)
 

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import (SOLVED, TEACHER_STREAM, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, Sampler, Support, Teacher, as_messages,
-                    begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, grade, launch, learning_rate, livecodebench_row,
+from common import (SOLVED, TEACHER_STREAM, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, Sampler, Support, Teacher, again,
+                    as_messages, begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, grade, launch, learning_rate, livecodebench_row,
                     load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain,
                     on_completions, optimizer_step, save_checkpoint, sciknoweval_row, start, step_rows, token_loss, token_stats)
 
@@ -159,6 +159,14 @@ class Args:
     """Micro-batch: rows x longest prompt and answer, on one process. Changes memory and speed, not the numbers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. Weights, EMA and loss are float32 in any case."""
+    replicas: int = 1
+    """Several processes share the model, its gradients and optimiser between them: each holds 1/n. With R > 1 there are R copies,
+    each shared by 1/R of them (HSDP): 8 times the memory at R = 8, and less traffic between machines if R is their number."""
+    gather_to_sample: bool = True
+    """Each process holds all weights in the compute type (2 bytes each in bf16) while it draws. Otherwise they are fetched anew
+    layer by layer for every token, and all processes decode in lock-step: slow, and for models that do not fit."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, a fraction of the memory."""
 
     # The run.
     eval_every: int = 5
@@ -184,6 +192,10 @@ class Args:
     """Delete the run that --out holds."""
     dry_run: bool = False
     """Check everything, print the plan and what both sides read, and stop before the model loads."""
+    timeout: float = 30.0
+    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
+    keep_going: bool = False
+    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project."""
 
@@ -258,7 +270,7 @@ def grade_groups(run: Run, mine: list[tuple[int, int]], attempts: list[Rollout],
                  args: Args) -> list[list[Mark]]:
     """The marks of every group, known to all processes; the row's own "feedback" where the verifier has none."""
     texts = [tokenizer.decode(y.ids, skip_special_tokens=True) for y in attempts]
-    graded = grade(verify, [(text, {**rows[q], "truncated": not y.finished}) for (q, _), y, text in zip(mine, attempts, texts)])
+    graded = grade(run, verify, [(text, {**rows[q], "truncated": not y.finished}) for (q, _), y, text in zip(mine, attempts, texts)])
     marks = [(text, reward, feedback or str(rows[q].get("feedback") or "")) for (q, _), text, (reward, feedback) in zip(mine, texts, graded)]
     everyone = [mark for _, mark in sorted(run.gather(list(zip(mine, marks))))]
     return [everyone[first:first + args.rollouts] for first in range(0, len(everyone), args.rollouts)]
@@ -342,7 +354,7 @@ def sequence_ratio(h_ND: Tensor, head: Head, y_N: Tensor, behaviour_N: Tensor, m
     """Mean over each attempt of min(student / sampler, cap), for every token of it."""
     logp_N, _ = token_stats(h_ND.detach(), head, y_N, temperature=args.loss_temperature)
     parts = (logp_N - behaviour_N).exp().clamp(max=args.is_cap).split([len(s.y) for s in micro])
-    return torch.cat([part.mean().expand(len(part)) for part in parts])
+    return torch.cat([logp_N[:0], *(part.mean().expand(len(part)) for part in parts)])
 
 
 def teacher_accuracy(run: Run, teacher: Teacher, sampler: Sampler, samples: list[tuple[int, int, list[int]]], rows: list[dict], tokenizer: Any,
@@ -352,7 +364,7 @@ def teacher_accuracy(run: Run, teacher: Teacher, sampler: Sampler, samples: list
     asked = [(q, i, context) for q, i, context in samples if context and (q * args.rollouts + i) % every == 0]
     answers = sampler.each(teacher.model, [context for *_, context in asked], [(rows[q]["id"], i) for q, i, _ in asked], (TEACHER_STREAM, step),
                            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
-    graded = grade(verify, [(tokenizer.decode(y.ids, skip_special_tokens=True), rows[q]) for (q, *_), y in zip(asked, answers)])
+    graded = grade(run, verify, [(tokenizer.decode(y.ids, skip_special_tokens=True), rows[q]) for (q, *_), y in zip(asked, answers)])
     n = run.sum(reward=sum(reward for reward, _ in graded), asked=len(asked))
     return {"teacher/accuracy": n["reward"] / n["asked"]} if n["asked"] else {}
 
@@ -519,7 +531,7 @@ def main(args: Args) -> None:
                 sums["tokens"] += (weight_N > 0).sum().item()
                 for name, values in stats.items():
                     sums[name] += values[weight_N > 0].sum().item()
-                if not shown:
+                if micro and not shown:
                     shown = True
                     explain(run, tokenizer, {"student reads": micro[0].prompt, "teacher reads": micro[0].context}, micro[0].y, stats)
 
@@ -555,7 +567,7 @@ def main(args: Args) -> None:
         if step % args.save_every == 0 or step == steps or stop:
             save_checkpoint(run, step, student, teacher, optimizer, score)
         if stop:
-            return run.say(f"stopped after step {step}; go on with the same command and --resume")
+            return run.say(f"stopped after step {step}; go on with: {again()}")
 
     finish(run, student, tokenizer, score)
 

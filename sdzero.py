@@ -25,8 +25,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Reviser, Sampler, Support, Teacher, as_messages, batch_rows,
-                    begin, chat_ids, distill_loss, evaluate, evaluate_revision, explain, find, finish, fit, grade, launch, learning_rate,
+from common import (PHRASES, SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Reviser, Sampler, Support, Teacher, again, as_messages,
+                    batch_rows, begin, chat_ids, distill_loss, evaluate, evaluate_revision, explain, find, finish, fit, grade, launch, learning_rate,
                     load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches,
                     on_completions, optimizer_step, question_key, save_checkpoint, start, without_eos)
 
@@ -119,6 +119,14 @@ class Args:
     """Micro-batch: rows x longest prompt and answer, on one process. Changes memory and speed, not the numbers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. Weights, reviser and loss are float32 in any case."""
+    replicas: int = 1
+    """Several processes share the model, its gradients and optimiser between them: each holds 1/n. With R > 1 there are R copies,
+    each shared by 1/R of them (HSDP): 8 times the memory at R = 8, and less traffic between machines if R is their number."""
+    gather_to_sample: bool = True
+    """Each process holds all weights in the compute type (2 bytes each in bf16) while it draws. Otherwise they are fetched anew
+    layer by layer for every token, and all processes decode in lock-step: slow, and for models that do not fit."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, a fraction of the memory."""
 
     # The run.
     eval_every: int = 20
@@ -145,6 +153,10 @@ class Args:
     """Delete the run that --out holds."""
     dry_run: bool = False
     """Check everything, print the plan and what both sides read, and stop before the model loads."""
+    timeout: float = 30.0
+    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
+    keep_going: bool = False
+    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project."""
 
@@ -289,7 +301,7 @@ def main(args: Args) -> None:
 
         # 2. Verdict: r, right or wrong, and with it the phrase P_r.
         with run.timer("verify"):
-            graded = grade(verify, [(tokenizer.decode(y.ids, skip_special_tokens=True), row) for row, y in answers])
+            graded = grade(run, verify, [(tokenizer.decode(y.ids, skip_special_tokens=True), row) for row, y in answers])
             solved = [reward >= SOLVED for reward, _ in graded]
 
         # 3. Show the reviser the answer and its verdict: x, y without its EOS, P_r. Right and wrong answers teach alike.
@@ -323,12 +335,12 @@ def main(args: Args) -> None:
             sums["loss"] += loss.item()
             for name, values in stats.items():
                 sums[name] += values.sum().item()
-            right_N = torch.tensor([s.solved for s in micro for _ in s.y], device=run.device)
+            right_N = torch.tensor([s.solved for s in micro for _ in s.y], device=run.device).bool()
             sums["right"] += stats["divergence"][right_N].sum().item()
             sums["right_n"] += right_N.sum().item()
             if step == 1:
                 scored += zip(micro, stats["divergence"].split([len(s.y) for s in micro]))
-                if len(scored) == len(micro):
+                if 0 < len(scored) == len(micro):
                     explain(run, tokenizer, {"student reads": micro[0].prompt, "teacher reads": micro[0].context}, micro[0].y, stats)
         if step == 1 and args.localise and run.main:
             draw_localisation(run.out / "localisation.png", scored, tokenizer)
@@ -357,7 +369,7 @@ def main(args: Args) -> None:
         if step % args.save_every == 0 or step == steps or stop:
             save_checkpoint(run, step, student, teacher, optimizer, score)
         if stop:
-            return run.say(f"stopped after step {step}; go on with the same command and --resume")
+            return run.say(f"stopped after step {step}; go on with: {again()}")
 
     finish(run, student, tokenizer, score)
 

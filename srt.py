@@ -28,7 +28,7 @@ from typing import Any, Callable, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, Sampler, append_jsonl, as_messages, batch_rows, begin,
+from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, Sampler, again, append_jsonl, as_messages, batch_rows, begin,
                     chat_ids, epoch_order, evaluate, evaluate_revision, explain, finish, fit, grade, launch, learning_rate, load_checkpoint,
                     load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, on_completions, optimizer_step,
                     question_key, read_jsonl, remove, save_checkpoint, start, token_loss, without_eos)
@@ -129,6 +129,14 @@ class Args:
     """Micro-batch: rows x longest sequence, on one process. Changes memory and speed, not the numbers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. Weights and loss are float32 in any case."""
+    replicas: int = 1
+    """Several processes share the model, its gradients and optimiser between them: each holds 1/n. With R > 1 there are R copies,
+    each shared by 1/R of them (HSDP): 8 times the memory at R = 8, and less traffic between machines if R is their number."""
+    gather_to_sample: bool = True
+    """Each process holds all weights in the compute type (2 bytes each in bf16) while it draws. Otherwise they are fetched anew
+    layer by layer for every token, and all processes decode in lock-step: slow, and for models that do not fit."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, a fraction of the memory."""
 
     # The run.
     eval_every: int = 500
@@ -153,6 +161,10 @@ class Args:
     """Delete the run that --out holds."""
     dry_run: bool = False
     """Check everything, print the plan and what the model reads, and stop before it loads."""
+    timeout: float = 30.0
+    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
+    keep_going: bool = False
+    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project."""
 
@@ -260,7 +272,7 @@ def attempts_and_revisions(run: Run, student: torch.nn.Module, sampler: Sampler,
     jobs = [(place, row, a) for place, row in mine for a in range(args.attempts)]
     with run.timer("generate"):
         firsts = sampler.each(student, [row["prompt_ids"] for _, row, _ in jobs], [(row["id"], a) for _, row, a in jobs], (TRAIN_STREAM, 0), **draw)
-    rewards = [reward for reward, _ in grade(verify, [(text(y.ids), row) for (_, row, _), y in zip(jobs, firsts)])]
+    rewards = [reward for reward, _ in grade(run, verify, [(text(y.ids), row) for (_, row, _), y in zip(jobs, firsts)])]
     records = []
     for (place, row, a), y, reward in zip(jobs, firsts, rewards):
         record = {"place": place, "row": row["id"], "where": row["where"], "question": question_key(row["prompt"]), "prompt_ids": row["prompt_ids"],
@@ -279,7 +291,7 @@ def attempts_and_revisions(run: Run, student: torch.nn.Module, sampler: Sampler,
     for record, y in zip(revised, seconds, strict=True):
         record["y1"], ids = cleaned(text(y.ids), without_eos(y), tokenizer, args, opening=True)
         record |= {"y1_ids": ids + y.ids[len(without_eos(y)):], "y1_finished": y.finished}
-    for record, (reward, _) in zip(revised, grade(verify, [(r["y1"], rows[r["place"]]) for r in revised]), strict=True):
+    for record, (reward, _) in zip(revised, grade(run, verify, [(r["y1"], rows[r["place"]]) for r in revised]), strict=True):
         record["y1_reward"] = reward
     return records
 
@@ -399,7 +411,7 @@ def main(args: Args) -> None:
     # 1. Collect: attempts, verdicts and revisions of the model as it is, before any training.
     source = Path(args.train_only or run.out / "revisions.jsonl")
     if not source.exists() and not collect(run, student, sampler, chosen, tokenizer, verify, reviser, args):
-        return run.say("stopped while collecting; go on with the same command and --resume")
+        return run.say(f"stopped while collecting; go on with: {again()}")
     records = read_revisions(source)
     collected, kept = report(records, run, args), [r for r in records if not r["dropped"]]
     if args.collect_only:
@@ -438,13 +450,13 @@ def main(args: Args) -> None:
         for m, micro in enumerate(micro_batches(samples, lambda s: len(s.prompt) + len(s.y), args.tokens_per_batch)):
             with run.timer("student"):
                 weight_N = torch.tensor([w for s in micro for w in token_weights(s, loss_name, n, args.average)], device=run.device)
-                revised_N = torch.tensor([t >= s.revised for s in micro for t in range(len(s.y))], device=run.device)
+                revised_N = torch.tensor([t >= s.revised for s in micro for t in range(len(s.y))], device=run.device).bool()
                 loss, stats = on_completions(student, [(s.prompt, s.y) for s in micro], args, lambda h_ND, head: srt_loss(h_ND, head, micro, weight_N))
                 loss.backward()
             sums["loss"] += loss.item()
             for name, value in (("logp", stats["logp"]), ("revision_logp", stats["logp"][revised_N]), ("entropy", stats["entropy"])):
                 sums[name] += value.sum().item()
-            if step == 1 and m == 0:
+            if step == 1 and m == 0 and micro:
                 explain(run, tokenizer, {"student reads": micro[0].prompt}, micro[0].y, stats)
 
         # 2c. Step. Gradients add up over ranks; 2a has divided.
@@ -465,7 +477,7 @@ def main(args: Args) -> None:
         if step % args.save_every == 0 or step == steps or stop:
             save_checkpoint(run, step, student, None, optimizer, score)
         if stop:
-            return run.say(f"stopped after step {step}; go on with the same command and --resume")
+            return run.say(f"stopped after step {step}; go on with: {again()}")
 
     finish(run, student, tokenizer, score)
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -59,6 +60,18 @@ def launch(command: str, processes: int = 1, cwd: Path = ROOT) -> subprocess.Com
 
 def metrics_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(out, step):
+    """Its tensors by name, whole, and its state."""
+    folder = out / "checkpoints" / f"step-{step:08d}"
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items()}
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return {**tensors, **json.loads((folder / "state.json").read_text())}
+
+
+def part(state, name):
+    return {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
 
 
 def run_here(script: str, out: Path, tiny: SimpleNamespace, flags: str = "") -> list[dict]:

@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, flags_of, launch, metrics_of, run_here
+import torch.distributed.checkpoint as dcp
+from conftest import ROOT, checkpoint, flags_of, launch, metrics_of, part, run_here
 
 import common
 
@@ -79,10 +80,6 @@ def test_gradients_do_not_depend_on_the_split(tiny, tmp_path, monkeypatch):
 
 # ---- Killed and resumed
 
-def checkpoint(out, step):
-    return torch.load(out / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
-
-
 def equal(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
@@ -110,8 +107,8 @@ def test_resume_continues_bit_for_bit(more, tiny, tmp_path, monkeypatch):
     resumed = run_here("sdft", tmp_path / "cut", tiny, more + " --resume")
     same(resumed, whole, rel=0)
     a, b = ({**checkpoint(tmp_path / name, 6), "seconds": 0} for name in ("whole", "cut"))
-    assert equal(a, b) and a["teacher"] and not equal(a["teacher"], a["student"])
-    assert not equal(a["student"], checkpoint(tmp_path / "cut", 4)["student"])
+    assert equal(a, b) and part(a, "teacher") and not equal(part(a, "teacher"), part(a, "student"))
+    assert part(a, "optimizer") and not equal(part(a, "student"), part(checkpoint(tmp_path / "cut", 4), "student"))
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
     assert samples[0] == samples[1]
 
@@ -131,14 +128,14 @@ def test_resuming_a_run_without_a_checkpoint_begins_again(tiny, tmp_path, monkey
 
 
 def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
-    save = torch.save
-    def die(state, path):
-        if state["step"] == 4:
-            path.write_bytes(b"half")
+    save = dcp.save
+    def die(state, checkpoint_id, **kwargs):
+        save(state, checkpoint_id=checkpoint_id, **kwargs)
+        if state["optimizer/lm_head.weight/step"] == 4:
+            (checkpoint_id / ".metadata").write_bytes(b"half")
             raise MemoryError
-        save(state, path)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", die)
+        patch.setattr(dcp, "save", die)
         with pytest.raises(MemoryError):
             run_here("sdft", tmp_path / "r", tiny, "--steps 6 --save-every 2")
     rows = run_here("sdft", tmp_path / "r", tiny, "--steps 6 --save-every 2 --resume")
@@ -156,8 +153,9 @@ def test_sigterm_saves_and_exits_0(tiny, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "--resume" in said
-    [file] = (out / "checkpoints").glob("step-*.pt")
-    assert checkpoint(out, metrics_of(out)[-1]["step"])["step"] == int(file.stem[5:])
+    [folder] = (out / "checkpoints").glob("step-*")
+    assert checkpoint(out, metrics_of(out)[-1]["step"])["step"] == int(folder.name[5:])
+    assert f"go on with: python {' '.join(command[1:])} --resume" in said
 
 
 # ---- What a run leaves behind
@@ -175,8 +173,7 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
     assert "student reads\n<|user|>zig:" in done.stdout and "teacher reads\n<|user|>\nzig:" in done.stdout and "divergence" in done.stdout
     assert json.loads((out / "samples.jsonl").read_text().splitlines()[0]).keys() == {"step", "set", "where", "prompt", "completion", "reward"}
     saved = AutoModelForCausalLM.from_pretrained(out / "last").state_dict()
-    state = checkpoint(out, 3)["student"]
-    assert all(torch.equal(a, b) for a, b in zip(saved.values(), state, strict=True))
+    assert equal(dict(saved), part(checkpoint(out, 3), "student"))
 
 
 def test_best_holds_the_weights_of_the_best_evaluation(tiny, tmp_path, monkeypatch):
