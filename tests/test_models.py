@@ -8,7 +8,7 @@ import torch
 from conftest import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import InputError, Run, check_head, head_of, load_model, load_tokenizer, merged_weights, save_folder
+from common import InputError, Run, check_head, full_weights, head_of, load_model, load_tokenizer, save_folder
 
 IDS = torch.tensor([[3, 20, 21, 22, 5, 4, 30, 31]])
 
@@ -69,7 +69,7 @@ def test_merged_weights_are_the_adapted_model_and_leave_it_untouched(tmp_path, r
     before = copy.deepcopy(model.state_dict())
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     base = plain(IDS).logits
-    plain.load_state_dict(merged_weights(model))
+    plain.load_state_dict(dict(full_weights(model)))
     assert torch.allclose(plain(IDS).logits, model(IDS).logits, atol=1e-4) and not torch.allclose(base, model(IDS).logits, atol=1e-2)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
