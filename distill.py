@@ -38,9 +38,10 @@ import torch
 from torch import Tensor
 
 from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunError, Sampler, Support, Teacher, TopK, again, as_messages,
-                    barrier, batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find, finish, fit, head_of,
-                    is_adapter, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier,
-                    make_optimizer, micro_batches, most_of_ranks, on_completions, optimizer_step, read_jsonl, save_checkpoint, start, step_rows, token_loss, token_stats)
+                    barrier, batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find, finish, fit,
+                    head_of, is_adapter, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier,
+                    make_optimizer, make_sampler, micro_batches, most_of_ranks, on_completions, optimizer_step, read_jsonl, read_logps,
+                    save_checkpoint, start, step_rows, token_loss, token_stats)
 
 
 @dataclass
@@ -130,6 +131,13 @@ class Args:
     """Answers cut off at the limit: keep them, drop them, or auto = keep, but stop if step 1 has no other."""
     sample_batch: int = 256
     """Answers decoded at once on one process; lower it when the KV cache does not fit."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who draws answers. vllm: in this process and many times faster on real models, other answers of the same distribution. A
+    teacher of another architecture answers with transformers."""
+    engine_cache_gib: float = 8.0
+    """vllm: GiB of its KV cache, on each process. More holds longer answers, and more of them at once."""
+    engine_tensor_parallel: int = 1
+    """vllm: so many processes share an engine, each with a part of every layer. 1: an engine for each process."""
 
     # Optimisation.
     epochs: float = 2.0
@@ -197,7 +205,7 @@ PRESETS: dict[str, dict] = {
     "toy": dict(model="toy:lock-0/student", teacher="toy:lock-0/teacher", data="toy:lock-0/lock-train.jsonl",
                 eval_data=("toy:lock-0/lock-eval.jsonl", "toy:lock-0/lock-prior.jsonl"), verifier="toy:lock",
                 divergence="jsd", average="token", student_chat_kwargs={}, max_prompt_tokens=64, max_completion_tokens=20, steps=64, lr=4e-4,
-                warmup=5, adam_betas=(0.9, 0.95), tokens_per_batch=8192, eval_every=8, eval_temperature=1.0, seed=0),
+                engine_cache_gib=0.25, warmup=5, adam_betas=(0.9, 0.95), tokens_per_batch=8192, eval_every=8, eval_temperature=1.0, seed=0),
     # The paper distils T5-XL (3B) into 77M-800M and prints no learning rate, batch or steps; these are Args'. lambda = 1 with the
     # forward KL is the best of its GSM8K table; y are sampled at temperature 1, and a sequence is a mean over its tokens.
     "gkd-gsm8k": dict(data="openai/gsm8k:main@train", eval_data=("openai/gsm8k:main@test",), verifier="math"),
@@ -397,14 +405,9 @@ class Served:
         tops, own = [], []
         for at in range(first, len(ids)):
             try:
-                told = {int(i): float(entry["logprob"]) for i, entry in table[at].items()}
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise wrong(f"position {at} is {str(table[at])[:80]!r}, not token ids with log-probs") from error
-            if ids[at] not in told:
-                raise wrong(f"position {at} has no log-prob of the sent token {ids[at]}, only of {sorted(told)[:9]}")
-            for i, logp in told.items():
-                if not (math.isfinite(logp) and logp < 1e-3 and 0 <= i < self.vocabulary):
-                    raise wrong(f"position {at} says log-prob {logp} of token {i}; expected a number up to 0 of a token below {self.vocabulary}")
+                told = read_logps(table[at], ids[at], self.vocabulary)
+            except ValueError as error:
+                raise wrong(f"position {at} {error}") from error
             top = dict(told)
             if len(told) == self.k + 1 and told[ids[at]] <= min(told.values()):            # the sent token is not among the top k
                 del top[ids[at]]
@@ -606,9 +609,10 @@ def main(args: Args) -> None:
     if served:
         served.vocabulary = head_of(student).weight.shape[0]                        # a padded head may sample beyond the tokenizer
     teacher = served or (Teacher(args.teacher, 0.0, student, run) if needs_teacher(args) else None)
-    sampler, early = Sampler(tokenizer, student, args), served is not None or args.objective == "policy_gradient"
+    sampler, early = make_sampler(tokenizer, student, run), served is not None or args.objective == "policy_gradient"
     optimizer = make_optimizer(student, args)
     done, score = load_checkpoint(run, student, None, optimizer)
+    run.rescue = lambda: save_checkpoint(run, run.done, student, None, optimizer, score)
     fixed = fixed_outputs(train, steps, teacher, tokenizer, run) if args.lmbda < 1 else {}
     begin(run, steps, done)
     if not done:
@@ -635,9 +639,7 @@ def main(args: Args) -> None:
             with run.timer("teacher"):
                 questions, problem = consult(run, teacher, questions)
             if problem:
-                if step > 1:
-                    save_checkpoint(run, step - 1, student, None, optimizer, score)
-                raise RunError(f"{problem}; the run stands after step {step - 1}, go on with: {again()}")
+                raise run.stranded(problem)
 
         # 3. Learn, one optimiser step per mini-batch of prompts.
         sums = dict.fromkeys(("loss", "divergence", "teacher_logp", "logp", "entropy", "mass_student", "mass_teacher", "ratio", "tokens"), 0.0)
@@ -665,12 +667,15 @@ def main(args: Args) -> None:
                 sums["tokens"] += len(weight_N)
                 for name, values in stats.items():
                     sums[name] += values.sum().item()
+                if own and first == 0:                       # before any of this batch's optimiser steps
+                    run.compare(stats["logp"], weight_N, micro)
                 if step == 1 and first == 0 and m == 0 and micro:
                     explain(run, tokenizer, {"student and teacher read": micro[0].prompt}, micro[0].y, stats)
 
             # 3c. Step. Gradients add up over ranks; 3a has divided.
             with run.timer("optim"):
                 grad_norm = optimizer_step(optimizer, lr, run)
+        run.done = step                                      # the step that the weights have behind them
 
         # 4. Report what was optimised; evaluate; save.
         mean = run.sum(**sums)

@@ -24,10 +24,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Sampler, Support, Teacher, again, as_messages, batch_rows,
-                    begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint,
-                    load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain, on_completions,
-                    optimizer_step, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
+from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Support, Teacher, again, as_messages, batch_rows, begin, chat_ids,
+                    distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows,
+                    load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches, most_uncertain, on_completions, optimizer_step,
+                    save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
 
 
 @dataclass
@@ -108,6 +108,13 @@ class Args:
     """Answers cut off at the limit: keep them (authors' code), drop them, or auto = keep, but stop if step 1 has no other."""
     sample_batch: int = 256
     """Answers decoded at once on one process; lower it when the KV cache does not fit."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who draws answers. vllm: in this process and many times faster on real models, other answers of the same distribution. A
+    teacher of another architecture answers with transformers."""
+    engine_cache_gib: float = 8.0
+    """vllm: GiB of its KV cache, on each process. More holds longer answers, and more of them at once."""
+    engine_tensor_parallel: int = 1
+    """vllm: so many processes share an engine, each with a part of every layer. 1: an engine for each process."""
 
     # Optimisation.
     epochs: float = 2.0
@@ -174,7 +181,7 @@ class Args:
 PRESETS: dict[str, dict] = {
     # Chosen on seed 0 of the laptop world. Its answers have five tokens, so none is skipped.
     "toy": dict(model="toy:0/model", data="toy:0/zig-train.jsonl", eval_data=("toy:0/zig-eval.jsonl", "toy:0/prior-eval.jsonl"),
-                skip_tokens=0, max_prompt_tokens=64, max_teacher_tokens=128, max_completion_tokens=20, steps=240, lr=5e-5,
+                skip_tokens=0, max_prompt_tokens=64, max_teacher_tokens=128, max_completion_tokens=20, engine_cache_gib=0.25, steps=240, lr=5e-5,
                 schedule="constant", warmup=5, adam_betas=(0.9, 0.95), tokens_per_batch=8192, eval_every=20, eval_temperature=1.0, seed=0),
     # The folders are those of the authors' repository (save_to_disk).
     "tooluse": dict(data="data/tooluse_train", eval_data=("data/tooluse_eval",), verifier="tool_use"),
@@ -320,9 +327,10 @@ def main(args: Args) -> None:
 
     student = load_model(args.model, run, args.lora_rank)
     teacher = Teacher(args.teacher, args.ema_rate, student, run) if args.method == "sdft" else None
-    sampler = Sampler(tokenizer, student, args)
+    sampler = make_sampler(tokenizer, student, run)
     optimizer = make_optimizer(student, args)
     done, score = load_checkpoint(run, student, teacher, optimizer)
+    run.rescue = lambda: save_checkpoint(run, run.done, student, teacher, optimizer, score)
     begin(run, steps, done)
     if not done:
         run.log(0, evaluate(run, student, tokenizer, sampler, evals, verify, 0, score))
@@ -370,6 +378,8 @@ def main(args: Args) -> None:
             sums["loss"] += loss.item()
             for name, values in stats.items():
                 sums[name] += values[weight_N > 0].sum().item()
+            if teacher and args.generate_from == "student":
+                run.compare(stats["logp"], weight_N, micro)
             if step == 1 and m == 0 and micro:
                 explain(run, tokenizer, {"student reads": micro[0].prompt, "teacher reads": micro[0].context}, micro[0].y, stats)
 
@@ -379,6 +389,7 @@ def main(args: Args) -> None:
             grad_norm = optimizer_step(optimizer, lr, run) if n["tokens"] else 0.0
             if teacher:
                 teacher.update()
+        run.done = step                                      # the step that the weights have behind them
 
         # 6. Report what was optimised; evaluate; save.
         total, tokens = run.sum(**sums), max(n["tokens"], 1)

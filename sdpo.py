@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from common import (SOLVED, TEACHER_STREAM, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, Sampler, Support, Teacher, again,
-                    as_messages, begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, grade, launch, learning_rate, livecodebench_row,
-                    load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, most_uncertain,
-                    on_completions, optimizer_step, save_checkpoint, sciknoweval_row, start, step_rows, token_loss, token_stats)
+                    as_messages, begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, grade, launch, learning_rate,
+                    livecodebench_row, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer,
+                    make_sampler, micro_batches, most_uncertain, on_completions, optimizer_step, save_checkpoint, sciknoweval_row, start, step_rows,
+                    token_loss, token_stats)
 
 
 @dataclass
@@ -135,6 +136,13 @@ class Args:
     """Attempts cut off at the limit: keep them (authors' code), drop them, or auto = keep, but stop if step 1 has no other."""
     sample_batch: int = 256
     """Attempts decoded at once on one process; lower it when the KV cache does not fit."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who draws answers. vllm: in this process and many times faster on real models, other answers of the same distribution. A
+    teacher of another architecture answers with transformers."""
+    engine_cache_gib: float = 8.0
+    """vllm: GiB of its KV cache, on each process. More holds longer answers, and more of them at once."""
+    engine_tensor_parallel: int = 1
+    """vllm: so many processes share an engine, each with a part of every layer. 1: an engine for each process."""
 
     # Optimisation.
     epochs: float = 30.0
@@ -206,8 +214,8 @@ PRESETS: dict[str, dict] = {
     "toy": dict(model="toy:0/model", data="toy:0/mul-train.jsonl", eval_data=("toy:0/mul-eval.jsonl", "toy:0/prior-eval.jsonl"),
                 verifier="toy:feedback_all", template="{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n{prompt}",
                 support="full", student_chat_kwargs={}, teacher_chat_kwargs={}, max_prompt_tokens=64, max_teacher_tokens=128,
-                max_completion_tokens=12, prompts_per_step=4, steps=100, lr=3e-4, warmup=5, weight_decay=0.0, adam_betas=(0.9, 0.95),
-                tokens_per_batch=8192, eval_every=10, eval_samples=1, eval_temperature=1.0, eval_top_p=1.0, seed=0),
+                max_completion_tokens=12, engine_cache_gib=0.25, prompts_per_step=4, steps=100, lr=3e-4, warmup=5, weight_decay=0.0,
+                adam_betas=(0.9, 0.95), tokens_per_batch=8192, eval_every=10, eval_samples=1, eval_temperature=1.0, eval_top_p=1.0, seed=0),
     # One domain a run; this one is chemistry. The authors' JSON lines do as well: --data train.jsonl --eval-data test.jsonl.
     "sciknoweval": dict(data="hicai-zju/SciKnowEval:Chemistry@test#train", eval_data=("hicai-zju/SciKnowEval:Chemistry@test#test",),
                         verifier="choice", feedback_when="never"),
@@ -459,9 +467,10 @@ def main(args: Args) -> None:
     student = load_model(args.model, run, args.lora_rank)
     teacher = Teacher(args.teacher if args.policy_weight < 1 else "live", args.ema_rate, student, run)      # GRPO alone keeps no second model
     initial = Teacher("base", 0.0, student, run) if args.kl_coef else None
-    sampler = Sampler(tokenizer, student, args)
+    sampler = make_sampler(tokenizer, student, run)
     optimizer = make_optimizer(student, args)
     done, score = load_checkpoint(run, student, teacher, optimizer)
+    run.rescue = lambda: save_checkpoint(run, run.done, student, teacher, optimizer, score)
     begin(run, steps, done)
     if not done:
         run.log(0, evaluate(run, student, tokenizer, sampler, evals, verify, 0, score))
@@ -531,6 +540,8 @@ def main(args: Args) -> None:
                 sums["tokens"] += (weight_N > 0).sum().item()
                 for name, values in stats.items():
                     sums[name] += values[weight_N > 0].sum().item()
+                if first == 0:                               # before any of this batch's optimiser steps
+                    run.compare(stats["logp"], weight_N, micro)
                 if micro and not shown:
                     shown = True
                     explain(run, tokenizer, {"student reads": micro[0].prompt, "teacher reads": micro[0].context}, micro[0].y, stats)
@@ -541,6 +552,7 @@ def main(args: Args) -> None:
 
         # 5. The teacher follows, once per batch of rollouts: teacher <- (1 - rate) teacher + rate student.
         teacher.update()
+        run.done = step                                      # the step that the weights have behind them
 
         # 6. Report what was optimised; evaluate; save.
         mean = run.sum(**sums)

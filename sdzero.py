@@ -25,9 +25,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Reviser, Sampler, Support, Teacher, again, as_messages,
-                    batch_rows, begin, chat_ids, distill_loss, evaluate, evaluate_revision, explain, find, finish, fit, grade, launch, learning_rate,
-                    load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches,
+from common import (PHRASES, SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Reviser, Support, Teacher, again, as_messages, batch_rows,
+                    begin, chat_ids, distill_loss, evaluate, evaluate_revision, explain, find, finish, fit, grade, launch, learning_rate,
+                    load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches,
                     on_completions, optimizer_step, question_key, save_checkpoint, start, without_eos)
 
 
@@ -97,6 +97,13 @@ class Args:
     """Answers cut off at the limit: keep them (authors' code), drop them, or auto = keep, but stop if step 1 has no other."""
     sample_batch: int = 256
     """Answers decoded at once on one process; lower it when the KV cache does not fit."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who draws answers. vllm: in this process and many times faster on real models, other answers of the same distribution. A
+    teacher of another architecture answers with transformers."""
+    engine_cache_gib: float = 8.0
+    """vllm: GiB of its KV cache, on each process. More holds longer answers, and more of them at once."""
+    engine_tensor_parallel: int = 1
+    """vllm: so many processes share an engine, each with a part of every layer. 1: an engine for each process."""
 
     # Optimisation.
     epochs: float = 1.0
@@ -167,8 +174,8 @@ PRESETS: dict[str, dict] = {
     # Chosen on seed 0 of the laptop world.
     "toy": dict(model="runs/srt-toy/last", data="toy:0/add-train.jsonl", eval_data=("toy:0/add-eval.jsonl", "toy:0/prior-eval.jsonl"),
                 verifier="toy:last", support="full", max_prompt_tokens=64, max_teacher_tokens=256, max_completion_tokens=40, temperature=1.0,
-                prompts_per_step=64, steps=40, lr=2e-4, warmup=5, weight_decay=0.0, adam_betas=(0.9, 0.95), tokens_per_batch=8192, eval_every=5,
-                eval_samples=1, eval_temperature=1.0, seed=0),
+                engine_cache_gib=0.25, prompts_per_step=64, steps=40, lr=2e-4, warmup=5, weight_decay=0.0, adam_betas=(0.9, 0.95),
+                tokens_per_batch=8192, eval_every=5, eval_samples=1, eval_temperature=1.0, seed=0),
     # The 15K problems of phase 1 without those that it used; in the code DeepScaleR (--data agentica-org/DeepScaleR-Preview-Dataset).
     "math": dict(model="runs/srt-math/last", data="open-r1/OpenR1-Math-220k:default@train", verifier="math", questions=9000),
     "code": dict(model="runs/srt-code/last", data="open-r1/codeforces-cots:solutions_py@train", verifier="code", questions=9000),
@@ -281,9 +288,10 @@ def main(args: Args) -> None:
     student = load_model(args.model, run, args.lora_rank)
     teacher = Teacher("ema", 1.0, student, run)              # a copy of the student; each update makes it the student again
     run.files["srt.json"] = json.dumps(reviser._asdict(), indent=1)
-    sampler = Sampler(tokenizer, student, args)
+    sampler = make_sampler(tokenizer, student, run)
     optimizer = make_optimizer(student, args)
     done, score = load_checkpoint(run, student, teacher, optimizer)
+    run.rescue = lambda: save_checkpoint(run, run.done, student, teacher, optimizer, score)
     begin(run, steps, done)
     measure = lambda step: {**evaluate(run, student, tokenizer, sampler, evals, verify, step, score), **(evaluate_revision(
         run, student, tokenizer, sampler, next(iter(evals.values())), verify, reviser) if evals and args.eval_revisions else {})}
@@ -335,6 +343,7 @@ def main(args: Args) -> None:
             sums["loss"] += loss.item()
             for name, values in stats.items():
                 sums[name] += values.sum().item()
+            run.compare(stats["logp"], weight_N, micro)
             right_N = torch.tensor([s.solved for s in micro for _ in s.y], device=run.device).bool()
             sums["right"] += stats["divergence"][right_N].sum().item()
             sums["right_n"] += right_N.sum().item()
@@ -351,6 +360,7 @@ def main(args: Args) -> None:
             grad_norm = optimizer_step(optimizer, lr, run) if n["tokens"] else 0.0
             if args.sync_every and step % args.sync_every == 0:
                 teacher.update()
+        run.done = step                                      # the step that the weights have behind them
 
         # 7. Report what was optimised; evaluate; save.
         total, tokens = run.sum(**sums), max(n["tokens"], 1)

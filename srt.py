@@ -28,10 +28,10 @@ from typing import Any, Callable, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, Sampler, again, append_jsonl, as_messages, batch_rows, begin,
-                    chat_ids, epoch_order, evaluate, evaluate_revision, explain, finish, fit, grade, launch, learning_rate, load_checkpoint,
-                    load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, micro_batches, on_completions, optimizer_step,
-                    question_key, read_jsonl, remove, save_checkpoint, start, token_loss, without_eos)
+from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, Sampler, again, append_jsonl, as_messages, batch_rows,
+                    begin, chat_ids, epoch_order, evaluate, evaluate_revision, explain, finish, fit, grade, launch, learning_rate, load_checkpoint,
+                    load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches, on_completions,
+                    optimizer_step, question_key, read_jsonl, remove, save_checkpoint, start, token_loss, without_eos)
 
 
 @dataclass
@@ -105,6 +105,13 @@ class Args:
     """Sampling from the k likeliest tokens only; 0 = all."""
     sample_batch: int = 256
     """Answers decoded at once on one process; lower it when the KV cache does not fit."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who draws answers. vllm: in this process and many times faster on real models, other answers of the same distribution. A
+    teacher of another architecture answers with transformers."""
+    engine_cache_gib: float = 8.0
+    """vllm: GiB of its KV cache, on each process. More holds longer answers, and more of them at once."""
+    engine_tensor_parallel: int = 1
+    """vllm: so many processes share an engine, each with a part of every layer. 1: an engine for each process."""
 
     # Optimisation.
     prompts_per_step: int = 4
@@ -176,8 +183,8 @@ PRESETS: dict[str, dict] = {
     # joint loss mostly learns to say P_r.
     "toy": dict(model="toy:0/model", data="toy:0/add-train.jsonl", eval_data=("toy:0/add-eval.jsonl", "toy:0/prior-eval.jsonl"), verifier="toy:last",
                 questions=256, revisions=1, phrases="qwen", loss="sequential", stage_two=100, max_prompt_tokens=64,
-                max_completion_tokens=40, temperature=1.0, prompts_per_step=64, epochs=4.0, lr=2e-4, schedule="constant", warmup=5,
-                weight_decay=0.0, tokens_per_batch=8192, eval_every=4, eval_samples=1, eval_temperature=1.0, seed=0),
+                max_completion_tokens=40, engine_cache_gib=0.25, temperature=1.0, prompts_per_step=64, epochs=4.0, lr=2e-4,
+                schedule="constant", warmup=5, weight_decay=0.0, tokens_per_batch=8192, eval_every=4, eval_samples=1, eval_temperature=1.0, seed=0),
     # 15K competition problems: 10K here, the others in phase 2. The paper evaluates on AIME, HMMT and others: give --eval-data.
     "math": dict(data="open-r1/OpenR1-Math-220k:default@train", verifier="math", questions=10000, target=6000),
     # The paper has 7.5K C++ and 7.5K Python problems; the verifier runs Python. Tests are the examples of the statement.
@@ -406,7 +413,7 @@ def main(args: Args) -> None:
         return run.say(f"the model reads, after an empty wrong answer: {tokenizer.decode(shown)}")
 
     student = load_model(args.model, run, args.lora_rank)
-    sampler = Sampler(tokenizer, student, args)
+    sampler = make_sampler(tokenizer, student, run)
 
     # 1. Collect: attempts, verdicts and revisions of the model as it is, before any training.
     source = Path(args.train_only or run.out / "revisions.jsonl")
@@ -430,6 +437,7 @@ def main(args: Args) -> None:
         steps += length
     optimizer = make_optimizer(student, args)
     done, score = load_checkpoint(run, student, None, optimizer)
+    run.rescue = lambda: save_checkpoint(run, run.done, student, None, optimizer, score)
     begin(run, steps, done)
     measure = lambda step: {**evaluate(run, student, tokenizer, sampler, evals, verify, step, score), **(evaluate_revision(
         run, student, tokenizer, sampler, next(iter(evals.values())), verify, reviser) if evals and args.eval_revisions and args.method == "srt" else {})}
@@ -463,6 +471,7 @@ def main(args: Args) -> None:
         with run.timer("optim"):
             lr = learning_rate(step - before, length, args)
             grad_norm = optimizer_step(optimizer, lr, run)
+        run.done = step                                      # the step that the weights have behind them
 
         # 2d. Report what was optimised; evaluate; save.
         total = run.sum(**sums)

@@ -1,4 +1,9 @@
-"""The laptop world learns by self-distillation, with a margin that noise does not cross (seed 0; README has three seeds)."""
+"""The laptop world learns by self-distillation, with a margin that noise does not cross (seed 0; README has three seeds).
+
+ENGINE=vllm pytest tests/test_learning.py: the same, with answers drawn by vLLM.
+"""
+
+import os
 
 import pytest
 from conftest import metrics_of
@@ -10,11 +15,12 @@ import sdpo
 import sdzero
 import srt
 
+ENGINE = os.environ.get("ENGINE", "transformers")
 FAST = "--eval-every 120 --save-every 1000 --steps 240"
 
 
 def learn(out, flags, script=sdft):
-    script.main(common.parse(script.Args, script.PRESETS, ["--out", str(out), *flags.split()]))
+    script.main(common.parse(script.Args, script.PRESETS, ["--out", str(out), "--engine", ENGINE, *flags.split()]))
     return metrics_of(out)
 
 

@@ -1,12 +1,16 @@
 """Generation: the same rollout in any company, every parameter explicit, log-probs of the distribution that drew the token."""
 
+import importlib.util
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, run_here
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import toy
-from common import Sampler, draw, on_completions, uniforms
+from common import InputError, Sampler, draw, on_completions, uniforms
 
 ARGS = type("Args", (), dict(seed=3, max_completion_tokens=12, sample_batch=64, dtype="auto"))
 PROMPTS = [[3, 20, 21, 5, 4], [3, 22, 5, 4], [3, 30, 31, 32, 33, 34, 5, 4], [3, 22, 5, 4], [3, 25, 26, 5, 4]]
@@ -108,3 +112,22 @@ def test_draw_never_leaves_the_support_at_the_edges():
     z = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]] * 2)
     token, logp = draw(z, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64), 1.0, 1.0, 0)
     assert token.tolist() == [1, 3] and logp.isfinite().all()
+
+
+# ---- The other engine, where it is not installed or does not fit (with it: test_vllm.py)
+
+@pytest.mark.parametrize("version, flags, message", [
+    (None, "", "--engine vllm: vLLM is not installed; pip install 'vllm>=0.32,<0.33'"),
+    ((0, 31, 4), "", "--engine vllm: this is vLLM 0.31.4; pip install 'vllm>=0.32,<0.33'"),
+    ((0, 33, 0), "", "--engine vllm: this is vLLM 0.33.0; pip install"),
+    ((0, 32, 1), "--engine-tensor-parallel 2", "--engine-tensor-parallel 2: it must divide the 1 processes"),
+    ((0, 32, 1), "--engine-cache-gib 0", "--engine-cache-gib 0.0: a size above 0"),
+])
+def test_an_engine_that_cannot_start_is_refused_before_a_model_loads(version, flags, message, tiny, tmp_path, monkeypatch):
+    spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: version if name == "vllm" else spec(name, *rest))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=".".join(map(str, version or ())), __version_tuple__=version))
+    monkeypatch.setattr("sdft.load_model", lambda *a: pytest.fail("a model was loaded first"))
+    with pytest.raises(InputError, match=message):
+        run_here("sdft", tmp_path / "r", tiny, f"--engine vllm {flags}")
+    assert not (tmp_path / "r").exists()
