@@ -63,6 +63,9 @@ from tqdm import tqdm
 Json = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "mixed"]
 Support = Literal["full", "student_topk", "teacher_topk", "sampled"]
+NODES = os.environ.get("GROUP_WORLD_SIZE", "1")              # read now: vLLM writes to torchrun's variables
+LAUNCHER = (["python"] if "RANK" not in os.environ else ["torchrun", *(["--nnodes", NODES] if NODES != "1" else []), "--nproc-per-node",
+                                                         os.environ["LOCAL_WORLD_SIZE"]])
 
 
 class InputError(ValueError):
@@ -115,9 +118,7 @@ def launch(main: Callable[[Any], None], args_type: type, presets: dict[str, dict
 
 def again() -> str:
     """The command that goes on with this run."""
-    start = ["python"] if "RANK" not in os.environ else ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    nodes = ["--nnodes", os.environ["GROUP_WORLD_SIZE"]] if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else []
-    return shlex.join([*start, *nodes, *(word for word in sys.argv if word not in ("--resume", "--overwrite")), "--resume"])
+    return shlex.join([*LAUNCHER, *(word for word in sys.argv if word not in ("--resume", "--overwrite")), "--resume"])
 
 
 class Run:
@@ -1035,8 +1036,8 @@ class VllmSampler(Sampler):
         return drawn
 
     def sync(self, model: nn.Module) -> None:
-        """Hands over the weights, tensor by tensor, unless they are those that vLLM holds: torch counts the writes to each."""
-        now = [model, *(local(p)._version for p in parameters_of(model).values())]
+        """Hands over the weights, tensor by tensor, unless they are those that vLLM holds: torch counts the writes to each and to its shard."""
+        now = [model, *(version for p in parameters_of(model).values() for version in (p._version, local(p)._version))]
         if now == self.held:
             return
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights(model)})
