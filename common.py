@@ -43,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +53,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.utils.checkpoint
 import tyro
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -391,11 +393,12 @@ def load_tokenizer(source: str, flag: str = "--model") -> Any:
     return tokenizer
 
 
-def load_model(source: str, run: Run, lora_rank: int = 0, dtype: torch.dtype = torch.float32, adapter: str = "") -> nn.Module:
+def load_model(source: str, run: Run, lora_rank: int = 0, checkpointing: bool = False, dtype: torch.dtype = torch.float32,
+               adapter: str = "") -> nn.Module:
     """A causal LM in `dtype` (fp32: master weights) on this rank's device, in eval mode: dropout off, always.
 
     `lora_rank` > 0 freezes it and adds adapters on every linear layer but the head (alpha = 2 rank). `adapter` is a trained one,
-    merged into the weights. With several processes the first one reads the weights and hands every rank its shards of them.
+    merged into the weights. `checkpointing` keeps the layers' inputs alone for the backward. With several processes the first one reads the weights and hands every rank its shards of them.
     """
     from transformers import AutoConfig
     plain, problem = None, ""
@@ -415,6 +418,8 @@ def load_model(source: str, run: Run, lora_rank: int = 0, dtype: torch.dtype = t
         hand_out(plain, model, run)
     model.source, model.source_dtype, model.lora_rank = source, config.dtype or dtype, lora_rank       # best/ and last/ are written in this dtype
     check_head(model, source)
+    for block in blocks(model) if checkpointing else []:
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     return model
 
 
@@ -422,7 +427,7 @@ def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, adapte
     """The whole model, on the CPU."""
     from transformers import AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(find(source), dtype=dtype, attn_implementation=attention(run))
+        model = AutoModelForCausalLM.from_pretrained(find(source), dtype=dtype, attn_implementation=attention(run.device))
     except (OSError, ValueError) as error:
         raise InputError(f"--model {source}: no model could be loaded from there ({first_line(error)}); give a Hugging Face folder or "
                          "hub id") from error
@@ -430,8 +435,8 @@ def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, adapte
     return add_lora(model.eval(), lora_rank)
 
 
-def attention(run: Run) -> str:
-    return "sdpa" if run.device.type == "cuda" else "eager"          # on CPU, SDPA's backward is slow at short lengths
+def attention(device: torch.device) -> str:
+    return "sdpa" if device.type == "cuda" else "eager"      # on CPU, SDPA's backward is slow at short lengths
 
 
 def add_lora(model: nn.Module, rank: int) -> nn.Module:
@@ -443,12 +448,16 @@ def add_lora(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def skeleton(config: Any, run: Run, lora_rank: int, dtype: torch.dtype) -> nn.Module:
-    """The model without weights, sharded layer by layer over all ranks (over a part of them, --replicas)."""
+def hollow(config: Any, dtype: torch.dtype, attention: str, lora_rank: int) -> nn.Module:
+    """The model without weights."""
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(run))
-        model = add_lora(model.eval(), lora_rank)
+        return add_lora(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval(), lora_rank)
+
+
+def skeleton(config: Any, run: Run, lora_rank: int, dtype: torch.dtype) -> nn.Module:
+    """The model without weights, sharded layer by layer over all ranks (over a part of them, --replicas)."""
+    model = hollow(config, dtype, attention(run.device), lora_rank)
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in [*blocks(model), model]:
         fully_shard(module, mesh=run.mesh, mp_policy=bf16 if computes_in_bf16(run.args, run.device) else MixedPrecisionPolicy())
@@ -470,13 +479,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def hand_out(plain: nn.Module | None, model: nn.Module, run: Run) -> None:
     """Fills the skeleton from the first rank's whole model, one tensor at a time: no other rank ever holds more than one."""
     theirs, state = plain.state_dict() if plain else {}, {}
-    for name, hollow in model.state_dict().items():
-        if isinstance(hollow, DTensor):
-            full = theirs[name].to(run.device, hollow.dtype) if plain else torch.empty(hollow.shape, dtype=hollow.dtype, device=run.device)
-            state[name] = distribute_tensor(full, hollow.device_mesh, hollow.placements)
+    for name, empty in model.state_dict().items():
+        if isinstance(empty, DTensor):
+            full = theirs[name].to(run.device, empty.dtype) if plain else torch.empty(empty.shape, dtype=empty.dtype, device=run.device)
+            state[name] = distribute_tensor(full, empty.device_mesh, empty.placements)
     model.load_state_dict(state, assign=True, strict=False)
-    for name, hollow in list(model.named_buffers(remove_duplicate=False)):          # some, like rotary frequencies, are in no state dict
-        full = (plain.get_buffer(name) if plain else torch.empty(hollow.shape, dtype=hollow.dtype)).to(run.device)
+    for name, empty in list(model.named_buffers(remove_duplicate=False)):           # some, like rotary frequencies, are in no state dict
+        full = (plain.get_buffer(name) if plain else torch.empty(empty.shape, dtype=empty.dtype)).to(run.device)
         dist.broadcast(full, src=0)
         set_buffer(model, name, full)
 
@@ -577,12 +586,84 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield plain, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def memory_plan(config: Any, args: Any, world: int, device: torch.device, teacher: str = "", theirs: Any = None) -> dict[str, float]:
+    """GiB on each process by what takes them, from a model without weights. `teacher` as for `Teacher`, "" for none; `theirs` is the
+    config of one that is another model.
+
+    "drawing" and "learning" are the two phases' own needs, and "peak" is all that stays plus the larger of them, with prompts and
+    answers as long as the flags allow. What is not in it: the library's own memory, and what the allocator leaves unused.
+    """
+    n, fp32, whole_copy = world // args.replicas, 4, 2 if computes_in_bf16(args, device) else 4
+    model = hollow(config, torch.bfloat16 if whole_copy == 2 else torch.float32, attention(device), args.lora_rank)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    trained, everything, layers = sum(p.numel() for p in model.parameters() if p.requires_grad), size(model), blocks(model)
+    root, layer = everything - sum(map(size, layers)), max(map(size, layers))
+    V, D = model.get_output_embeddings().weight.shape
+    longest = args.max_completion_tokens + max(args.max_prompt_tokens, getattr(args, "max_teacher_tokens", 0))
+    rows = min(args.sample_batch, math.ceil(args.prompts_per_step * getattr(args, "rollouts", 1) / world))
+    linear, square, cache = activations(model)
+    if device.type == "cuda":
+        square = 0.0                                         # its attention does not keep the L x L weights
+    if args.activation_checkpointing:
+        linear, square = len(layers) * D * whole_copy + linear / len(layers), square / len(layers)
+    other = size(hollow(theirs, torch.float32, attention(device), 0)) * (2 if device.type == "cuda" else fp32) if theirs else 0
+    heads, own_head = {"": 1, "trust_region": 3}.get(teacher, 2), teacher not in ("", "live")
+    gib = {
+        "weights": fp32 * everything / n,
+        "optimiser": 2 * fp32 * trained / n,
+        "teacher": (other or fp32 * trained * (teacher in HOLDS_A_COPY)) / n,
+        "drawing: gathered weights": whole_copy * (0 if world == 1 else everything if args.gather_to_sample else root + 2 * layer),
+        "drawing: keys and values": cache * rows * (args.max_prompt_tokens + args.max_completion_tokens),
+        "learning: gradients": fp32 * trained / n,
+        "learning: gathered weights": whole_copy * (root * own_head + root + 2 * layer + (0 if args.lora_rank else root + layer) if world > 1
+                                                    else everything * (whole_copy == 2)),
+        "learning: activations": linear * max(args.tokens_per_batch, longest) + square * max(args.tokens_per_batch, longest) * longest,
+        "learning: loss": fp32 * (heads * 512 * V + (0 if args.lora_rank else V * D)),
+    }
+    gib = {name: size / 2**30 for name, size in gib.items()}
+    phase = {name: sum(v for k, v in gib.items() if k.startswith(name)) for name in ("drawing", "learning")}
+    return {**gib, "peak": sum(v for k, v in gib.items() if ":" not in k) + max(phase.values())}
+
+
+def activations(model: nn.Module) -> tuple[float, float, float]:
+    """Bytes that a forward pass of a model on the meta device keeps for its backward: a L + b L^2 for a text of L tokens; and the
+    bytes of its keys and values for each token."""
+    own, L = {p.untyped_storage()._cdata for p in model.parameters()}, 64
+    def read(length: int, **kwargs: Any) -> Any:
+        h_BLD = torch.empty(1, length, model.get_output_embeddings().weight.shape[1], dtype=model.dtype, device="meta", requires_grad=True)
+        mask = torch.empty(1, 1, length, length, dtype=model.dtype, device="meta")         # given whole, it is not looked into
+        return model.base_model(inputs_embeds=h_BLD, attention_mask=mask, **kwargs)
+    def kept(length: int) -> int:
+        storages = {}
+        def keep(t: Tensor) -> Tensor:
+            if t.untyped_storage()._cdata not in own:
+                storages[t.untyped_storage()._cdata] = t.untyped_storage()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            read(length, use_cache=False)
+        return sum(storage.nbytes() for storage in storages.values())
+    one, two = kept(L), kept(2 * L)
+    b = (two - 2 * one) / (2 * L**2)
+    cache = read(L, use_cache=True).past_key_values
+    return one / L - b * L, b, sum(2 * layer.keys.nbytes for layer in cache.layers) / L
+
+
+def planned(run: Run, teacher: str = "") -> str:
+    """The memory plan of a run's flags, as --dry-run prints it."""
+    from transformers import AutoConfig
+    config = lambda source: AutoConfig.from_pretrained(find(source))
+    another = teacher not in ("", "live", *HOLDS_A_COPY)
+    theirs = config(run.args.model if is_adapter(teacher) else teacher) if another else None
+    plan = memory_plan(config(run.args.model), run.args, run.world, run.device, teacher, theirs)
+    return f"memory on each of {run.world} x {run.device.type}, GiB:\n" + "\n".join(f"  {v:8.2f}  {name}" for name, v in plan.items())
+
+
 def save_folder(run: Run, model: nn.Module, tokenizer: Any, name: str, card: str) -> None:
     """`out/name`: a plain Hugging Face folder (weights in the dtype they came in), written aside and renamed."""
     from safetensors import SafetensorError
     weights, final, aside, problem = {}, run.out / name, run.out / f".{name}.tmp", ""
     for key, tensor in full_weights(model):
-        if run.main:
+        if run.main and key not in model.all_tied_weights_keys:           # a tied head is in the file once, under the name of the embedding
             weights[key] = tensor.to("cpu", model.source_dtype)
     if run.main:
         try:
@@ -2020,6 +2101,8 @@ def grade(run: Run, verify: Callable[[str, dict], tuple[float, str]], completion
 
 
 # ---------------------------------------------------------------- Checkpoints: written aside and renamed
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")   # its checkpoints of a single process are what we want
 
 
 def checkpoint_tensors(student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ from torch import Tensor
 from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunError, Sampler, Support, Teacher, TopK, again, as_messages,
                     barrier, batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find, finish, fit,
                     head_of, is_adapter, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier,
-                    make_optimizer, make_sampler, micro_batches, most_of_ranks, on_completions, optimizer_step, read_jsonl, read_logps,
+                    make_optimizer, make_sampler, micro_batches, most_of_ranks, on_completions, optimizer_step, planned, read_jsonl, read_logps,
                     save_checkpoint, start, step_rows, token_loss, token_stats)
 
 
@@ -603,9 +603,10 @@ def main(args: Args) -> None:
     run.say(told) if told else None
     if args.dry_run:
         shown = "".join(f"\nfixed output: {tokenizer.decode(train[0]['output'])}" if train[0]["output"] else "")
-        return run.say(f"student and teacher read: {tokenizer.decode(train[0]['prompt_ids'])}{shown}")
+        return run.say(f"student and teacher read: {tokenizer.decode(train[0]['prompt_ids'])}{shown}\n"
+                       f"{planned(run, args.teacher if needs_teacher(args) and not served else '')}")
 
-    student = load_model(args.model, run, args.lora_rank)
+    student = load_model(args.model, run, args.lora_rank, args.activation_checkpointing)
     if served:
         served.vocabulary = head_of(student).weight.shape[0]                        # a padded head may sample beyond the tokenizer
     teacher = served or (Teacher(args.teacher, 0.0, student, run) if needs_teacher(args) else None)

@@ -27,7 +27,7 @@ from torch import Tensor
 from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Support, Teacher, again, as_messages, batch_rows, begin, chat_ids,
                     distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows,
                     load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches, most_uncertain, on_completions, optimizer_step,
-                    save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
+                    planned, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
 
 
 @dataclass
@@ -323,9 +323,10 @@ def main(args: Args) -> None:
             f"{args.rollouts} on {run.world} x {run.device.type}")
     if args.dry_run:
         row = train[0]
-        return run.say(f"student reads: {tokenizer.decode(row['prompt_ids'])}\nteacher reads: {tokenizer.decode(row['teacher_ids'])}")
+        return run.say(f"student reads: {tokenizer.decode(row['prompt_ids'])}\nteacher reads: {tokenizer.decode(row['teacher_ids'])}\n"
+                       f"{planned(run, args.teacher if args.method == 'sdft' else '')}")
 
-    student = load_model(args.model, run, args.lora_rank)
+    student = load_model(args.model, run, args.lora_rank, args.activation_checkpointing)
     teacher = Teacher(args.teacher, args.ema_rate, student, run) if args.method == "sdft" else None
     sampler = make_sampler(tokenizer, student, run)
     optimizer = make_optimizer(student, args)

@@ -30,8 +30,8 @@ from torch import Tensor
 from common import (SOLVED, TEACHER_STREAM, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, Sampler, Support, Teacher, again,
                     as_messages, begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, grade, launch, learning_rate,
                     livecodebench_row, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer,
-                    make_sampler, micro_batches, most_uncertain, on_completions, optimizer_step, save_checkpoint, sciknoweval_row, start, step_rows,
-                    token_loss, token_stats)
+                    make_sampler, micro_batches, most_uncertain, on_completions, optimizer_step, planned, save_checkpoint, sciknoweval_row, start,
+                    step_rows, token_loss, token_stats)
 
 
 @dataclass
@@ -462,9 +462,10 @@ def main(args: Args) -> None:
     if args.dry_run:
         row, graded = train[0], [("", 0.0, "<feedback>"), ("<another attempt>", 1.0, "")]
         shown = teacher_ids(row, *hindsight(graded, 0, (0,), args), tokenizer, args)
-        return run.say(f"student reads: {tokenizer.decode(row['prompt_ids'])}\nteacher reads: {tokenizer.decode(shown)}")
+        return run.say(f"student reads: {tokenizer.decode(row['prompt_ids'])}\nteacher reads: {tokenizer.decode(shown)}\n"
+                       f"{planned(run, args.teacher if args.policy_weight < 1 else '')}")
 
-    student = load_model(args.model, run, args.lora_rank)
+    student = load_model(args.model, run, args.lora_rank, args.activation_checkpointing)
     teacher = Teacher(args.teacher if args.policy_weight < 1 else "live", args.ema_rate, student, run)      # GRPO alone keeps no second model
     initial = Teacher("base", 0.0, student, run) if args.kl_coef else None
     sampler = make_sampler(tokenizer, student, run)

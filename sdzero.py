@@ -28,7 +28,7 @@ from torch import Tensor
 from common import (PHRASES, SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Reviser, Support, Teacher, again, as_messages, batch_rows,
                     begin, chat_ids, distill_loss, evaluate, evaluate_revision, explain, find, finish, fit, grade, launch, learning_rate,
                     load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches,
-                    on_completions, optimizer_step, question_key, save_checkpoint, start, without_eos)
+                    on_completions, optimizer_step, planned, question_key, save_checkpoint, start, without_eos)
 
 
 @dataclass
@@ -283,9 +283,9 @@ def main(args: Args) -> None:
     if args.dry_run:
         prompt = train[0]["prompt_ids"]
         return run.say(f"student reads: {tokenizer.decode(prompt)}\nteacher reads, after an empty wrong answer: "
-                       f"{tokenizer.decode(prompt + reviser.phrase_ids(tokenizer, False))}")
+                       f"{tokenizer.decode(prompt + reviser.phrase_ids(tokenizer, False))}\n{planned(run, 'base')}")
 
-    student = load_model(args.model, run, args.lora_rank)
+    student = load_model(args.model, run, args.lora_rank, args.activation_checkpointing)
     teacher = Teacher("ema", 1.0, student, run)              # a copy of the student; each update makes it the student again
     run.files["srt.json"] = json.dumps(reviser._asdict(), indent=1)
     sampler = make_sampler(tokenizer, student, run)

@@ -28,10 +28,10 @@ from typing import Any, Callable, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, Sampler, again, append_jsonl, as_messages, batch_rows,
-                    begin, chat_ids, epoch_order, evaluate, evaluate_revision, explain, finish, fit, grade, launch, learning_rate, load_checkpoint,
-                    load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches, on_completions,
-                    optimizer_step, question_key, read_jsonl, remove, save_checkpoint, start, token_loss, without_eos)
+from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, Sampler, again, append_jsonl, as_messages, barrier,
+                    batch_rows, begin, chat_ids, epoch_order, evaluate, evaluate_revision, explain, finish, fit, grade, launch, learning_rate,
+                    load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches,
+                    on_completions, optimizer_step, planned, question_key, read_jsonl, remove, save_checkpoint, start, token_loss, without_eos)
 
 
 @dataclass
@@ -268,6 +268,7 @@ def collect(run: Run, student: torch.nn.Module, sampler: Sampler, rows: list[dic
         append_jsonl(aside, records)
         aside.rename(run.out / "revisions.jsonl")
         remove(folder)
+    barrier(run)                                             # no other process reads it before it is there
     return True
 
 
@@ -410,14 +411,15 @@ def main(args: Args) -> None:
             f"{args.revisions} revisions on {run.world} x {run.device.type}")
     if args.dry_run:
         shown = (chosen[0]["prompt_ids"] if chosen else []) + reviser.phrase_ids(tokenizer, False)
-        return run.say(f"the model reads, after an empty wrong answer: {tokenizer.decode(shown)}")
+        return run.say(f"the model reads, after an empty wrong answer: {tokenizer.decode(shown)}\n{planned(run)}")
 
-    student = load_model(args.model, run, args.lora_rank)
+    student = load_model(args.model, run, args.lora_rank, args.activation_checkpointing)
     sampler = make_sampler(tokenizer, student, run)
 
     # 1. Collect: attempts, verdicts and revisions of the model as it is, before any training.
     source = Path(args.train_only or run.out / "revisions.jsonl")
-    if not source.exists() and not collect(run, student, sampler, chosen, tokenizer, verify, reviser, args):
+    missing = run.sum(missing=not source.exists())["missing"]        # asked of all before any of them writes it
+    if missing and not collect(run, student, sampler, chosen, tokenizer, verify, reviser, args):
         return run.say(f"stopped while collecting; go on with: {again()}")
     records = read_revisions(source)
     collected, kept = report(records, run, args), [r for r in records if not r["dropped"]]
