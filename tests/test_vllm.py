@@ -174,9 +174,12 @@ def test_weights_are_handed_over_only_when_they_moved(loaded, monkeypatch):
     assert len(handed) == at + 1
 
 
-def test_the_prefix_cache_does_not_outlive_the_weights(world):
-    """A prompt of several blocks, asked before and after: what was computed with the old weights is not read again."""
-    model, sampler = load(world.model)
+def test_the_prefix_cache_does_not_outlive_the_weights(loaded, monkeypatch):
+    """A prompt of several blocks, asked before and after: what was computed with the old weights is not read again, even without sleep."""
+    model, sampler = loaded
+    sampler.llm.wake_up()
+    monkeypatch.setattr(sampler.llm, "sleep", lambda level: None)
+    monkeypatch.setattr(sampler.llm, "wake_up", lambda: None)
     prompt = [3] + [20 + i % 50 for i in range(300)]
     sampler(model, [prompt], [0], 2, (1,), temperature=0.0)
     move(model)
@@ -312,7 +315,10 @@ def test_two_processes_draw_the_same_as_one(script, tensor_parallel, world, tmp_
 
 @pytest.mark.parametrize("script", ["sdft", "sdpo", "sdzero", "distill"])
 def test_a_ratio_with_truncated_sampling_is_refused(script, world, tmp_path):
-    """Trap 39."""
+    """Trap 39; GRPO has a ratio of its own."""
     for truncated in ("--top-p 0.9", "--top-k 5"):
         with pytest.raises(InputError, match="--is-cap"):
             run_here(script, tmp_path / "r", world, f"--engine vllm --is-cap 2 {truncated}")
+        if script == "sdpo":
+            with pytest.raises(InputError, match="--policy-weight"):
+                run_here(script, tmp_path / "r", world, f"--engine vllm --is-cap 0 --policy-weight 0.5 {truncated}")
