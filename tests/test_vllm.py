@@ -107,6 +107,14 @@ def test_a_rollout_is_the_same_alone_and_in_any_batch(loaded):
     assert sampler.each(model, [], [], (1, 5), temperature=1.0) == []
 
 
+def test_more_prompts_than_one_batch_holds(loaded):
+    """30 of 300 tokens: vLLM reads 4096 at once, and on CPU would break at a seeded request whose prompt is cut there."""
+    model, sampler = loaded
+    prompts = [[3, 20 + i, *[21 + (i + t) % 60 for t in range(298)]] for i in range(30)]
+    for prompt, [y] in zip(prompts, sampler(model, prompts, list(range(30)), 1, (1,), temperature=1.0)):
+        assert y.logps == pytest.approx(forced(model, prompt, y.ids), abs=1e-4)
+
+
 def test_tokens_have_their_probabilities(loaded):
     """Of 2000 first tokens, each within four standard errors; a top-k cuts where it should."""
     model, sampler = loaded
