@@ -1189,6 +1189,7 @@ def start_vllm(student: nn.Module, run: Run, rows: int, dtype: str) -> Any:
         find(student.source), skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm", seed=run.args.seed,
         logprobs_mode="processed_logprobs",                  # of the tempered distribution, the one that drew
         hf_overrides={"vocab_size": rows}, max_model_len=-1, max_num_seqs=run.args.sample_batch, enable_prefix_caching=True,
+        enable_chunked_prefill=cuda,                         # on CPU a seeded request breaks where its prompt is cut between two batches
         kv_cache_memory_bytes=int(run.args.engine_cache_gib * 2**30), gpu_memory_utilization=0.01,         # the first rules, the second is checked
         enable_sleep_mode=cuda, enforce_eager=not cuda, disable_log_stats=True, tensor_parallel_size=run.args.engine_tensor_parallel,
         distributed_executor_backend="external_launcher" if run.world > 1 else None)

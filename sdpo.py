@@ -419,6 +419,9 @@ def check(args: Args, vocabulary: int) -> None:
     if args.is_cap and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
         raise InputError("--is-cap compares sampling and training distributions, so it needs --temperature equal to --loss-temperature, "
                          "--top-p 1 and --top-k 0; or give --is-cap 0")
+    if args.policy_weight and (args.temperature != 1 or args.top_p < 1 or args.top_k):
+        raise InputError("--policy-weight: GRPO compares the sampling distribution with the student's own, so it needs --temperature 1, --top-p 1 "
+                         "and --top-k 0; or give --policy-weight 0")
     if args.rollouts < 2 and (args.feedback_when == "never" or args.policy_weight):
         raise InputError(f"--rollouts {args.rollouts}: a group of one has no other attempt to learn from and no mean to beat; "
                          "take 2 or more, or feedback alone (--feedback-when no_solution --policy-weight 0)")

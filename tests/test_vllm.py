@@ -107,6 +107,14 @@ def test_a_rollout_is_the_same_alone_and_in_any_batch(loaded):
     assert sampler.each(model, [], [], (1, 5), temperature=1.0) == []
 
 
+def test_more_prompts_than_one_batch_holds(loaded):
+    """30 of 300 tokens: vLLM reads 4096 at once, and on CPU would break at a seeded request whose prompt is cut there."""
+    model, sampler = loaded
+    prompts = [[3, 20 + i, *[21 + (i + t) % 60 for t in range(298)]] for i in range(30)]
+    for prompt, [y] in zip(prompts, sampler(model, prompts, list(range(30)), 1, (1,), temperature=1.0)):
+        assert y.logps == pytest.approx(forced(model, prompt, y.ids), abs=1e-4)
+
+
 def test_tokens_have_their_probabilities(loaded):
     """Of 2000 first tokens, each within four standard errors; a top-k cuts where it should."""
     model, sampler = loaded
@@ -174,9 +182,12 @@ def test_weights_are_handed_over_only_when_they_moved(loaded, monkeypatch):
     assert len(handed) == at + 1
 
 
-def test_the_prefix_cache_does_not_outlive_the_weights(world):
-    """A prompt of several blocks, asked before and after: what was computed with the old weights is not read again."""
-    model, sampler = load(world.model)
+def test_the_prefix_cache_does_not_outlive_the_weights(loaded, monkeypatch):
+    """A prompt of several blocks, asked before and after: what was computed with the old weights is not read again, even without sleep."""
+    model, sampler = loaded
+    sampler.llm.wake_up()
+    monkeypatch.setattr(sampler.llm, "sleep", lambda level: None)
+    monkeypatch.setattr(sampler.llm, "wake_up", lambda: None)
     prompt = [3] + [20 + i % 50 for i in range(300)]
     sampler(model, [prompt], [0], 2, (1,), temperature=0.0)
     move(model)
@@ -312,7 +323,10 @@ def test_two_processes_draw_the_same_as_one(script, tensor_parallel, world, tmp_
 
 @pytest.mark.parametrize("script", ["sdft", "sdpo", "sdzero", "distill"])
 def test_a_ratio_with_truncated_sampling_is_refused(script, world, tmp_path):
-    """Trap 39."""
+    """Trap 39; GRPO has a ratio of its own."""
     for truncated in ("--top-p 0.9", "--top-k 5"):
         with pytest.raises(InputError, match="--is-cap"):
             run_here(script, tmp_path / "r", world, f"--engine vllm --is-cap 2 {truncated}")
+        if script == "sdpo":
+            with pytest.raises(InputError, match="--policy-weight"):
+                run_here(script, tmp_path / "r", world, f"--engine vllm --is-cap 0 --policy-weight 0.5 {truncated}")
