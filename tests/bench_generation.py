@@ -63,7 +63,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f"| tokens/s, {args.threads} thread(s) | " + " | ".join(args.methods) + " |\n|---" * 1 + "|---" * len(args.methods) + "|")
+    print(f"| tokens/s, {args.threads} thread(s) | " + " | ".join(args.methods) + " |\n|" + "---|" * (1 + len(args.methods)))
     for case in args.case:
         with tempfile.TemporaryDirectory() as folder:
             model, V = make(Path(folder) / "model", case), CASES[case]["vocab_size"]
