@@ -308,11 +308,11 @@ def test_what_vllm_cannot_do_is_one_sentence(tiny, world, tmp_path):
         run_here("sdft", tmp_path / "cache", world, "--engine vllm --engine-cache-gib 1e-7")
 
 
-@pytest.mark.parametrize("script, tensor_parallel", [("sdft", 1), ("sdpo", 2)])
-def test_two_processes_draw_the_same_as_one(script, tensor_parallel, world, tmp_path):
+@pytest.mark.parametrize("script, more, tensor_parallel", [("sdft", "--lora-rank 2", 1), ("sdpo", "", 2)])
+def test_two_processes_draw_the_same_as_one(script, more, tensor_parallel, world, tmp_path):
     """Each with its own engine, or both with halves of one; nothing but the sentence of success is printed at the end."""
     (tmp_path / "judge.py").write_text(JUDGE)
-    flags = f"--engine vllm --steps 2 --verifier {tmp_path}/judge.py:judge"
+    flags = f"--engine vllm --steps 2 --verifier {tmp_path}/judge.py:judge {more}"
     one = run_here(script, tmp_path / "1", world, flags)
     done = launch(f"{script}.py {flags_of(script, tmp_path / '2', world, flags + f' --engine-tensor-parallel {tensor_parallel}')}", processes=2)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
