@@ -1,20 +1,20 @@
 """One training step beside TRL's: the same model, prompts, lengths and settings, seconds by phase, tokens/s and memory.
 
 pip install trl==1.16.0                                                not a dependency of this project
-python tests/bench_trl.py                                              the check and every case, an hour or two on one core
-python tests/bench_trl.py --case sdpo-small-64 --lengths natural --repeats 3
+python tests/bench_trl.py                                              the check and every case: hours on one core
+python tests/bench_trl.py --case sdpo-small-64 --lengths natural --clock cpu --repeats 1
 python tests/bench_trl.py --case check                                 only the check
 
 Written for TRL 1.16.0 (experimental SDFTTrainer and SDPOTrainer, DistillationTrainer), transformers 5.19, torch 2.13, CPU, fp32.
 ours     `main` of sdpo.py, sdft.py, distill.py with flags, nothing else; phases are time/... of metrics.jsonl
-TRL      the trainers as they are. Chosen for them: gradient_checkpointing off and bf16 off (their defaults are on), eager attention (as
-         ours on CPU), no shuffling, no logging, no saving, and of the micro-batches of 4 to 64 rows the fastest (CASES, --micro).
+TRL      the trainers as they are. Chosen for them: gradient_checkpointing and bf16 off (both are on by default), eager attention as ours
+         on CPU, no shuffling, logging or saving. Micro-batches of 8 rows, the fastest of 4, 8 and 16; ours of 2048 tokens, not 8192.
 both     SDPO: 8 questions x 8 attempts, JSD 1/2 over all logits (topk: the student's top 100 and a tail), EMA teacher, three of four
          attempts right. SDFT: 32 prompts, forward KL over all logits, EMA teacher. Distillation: 32 prompts, JSD 1/2, token mean, a
          teacher of the student's shape. AdamW, gradient norm 1, no importance ratio (TRL's is inactive where each batch is used once).
 model    random Qwen3. tiny: 4 layers x 128 and the laptop world's 89 tokens; small: 6 x 256 and 32768. One direction of the hidden state
          is constant and the EOS logit reads it alone. forced lengths: it is never drawn, so that both do the same work; natural: it is
-         drawn with probability 2 / limit at every token, so that lengths are geometric, with the same distribution on both sides.
+         drawn with probability of about 2 / limit at every token: nearly geometric lengths, with the same distribution on both sides.
 seconds  of a step, the first one left out; both sides take turns, each in a fresh process; medians over the repeats. --clock cpu counts the
          process's CPU seconds in place of wall time: on one thread the same work, without what a busy machine takes away
          generate | teacher: its forward | student: forward, loss, backward | other. TRL's teacher includes its logits, which ours
@@ -51,13 +51,12 @@ class Case(NamedTuple):
     shape: str
     limit: int                                               # longest completion, tokens
     support: str                                             # tokens that the divergence is summed over
-    micro: int                                               # rows of TRL's micro-batch
     steps: int                                               # timed ones
 
 
-CASES = {"sdpo-tiny-256": Case("sdpo", "tiny", 256, "full", 64, 4), "sdpo-small-64": Case("sdpo", "small", 64, "full", 8, 2),
-         "sdpo-small-256": Case("sdpo", "small", 256, "full", 8, 1), "sdpo-small-64-topk": Case("sdpo", "small", 64, "student_topk", 8, 2),
-         "sdft-small-64": Case("sdft", "small", 64, "full", 8, 3), "distill-small-64": Case("distill", "small", 64, "full", 8, 3)}
+CASES = {"sdpo-tiny-256": Case("sdpo", "tiny", 256, "full", 2), "sdpo-small-64": Case("sdpo", "small", 64, "full", 2),
+         "sdft-small-64": Case("sdft", "small", 64, "full", 3), "distill-small-64": Case("distill", "small", 64, "full", 3),
+         "sdpo-small-64-topk": Case("sdpo", "small", 64, "student_topk", 2), "sdpo-small-256": Case("sdpo", "small", 256, "full", 1)}
 PROMPTS = {"sdpo": (8, 8), "sdft": (32, 1), "distill": (32, 1)}                      # prompts per step, completions of each
 PHASES = ("generate", "teacher", "student", "other")
 K = 100
@@ -152,12 +151,12 @@ class Steps:
                 "mib": (self.peak - self.before) / 1024}
 
 
-def our_flags(case: Case, folder: Path, steps: int) -> list[str]:
+def our_flags(case: Case, folder: Path, steps: int, tokens: int) -> list[str]:
     prompts, rollouts = PROMPTS[case.script]
-    flags = (f"--model {folder}/model --data {folder}/rows.jsonl --eval-data --out {folder}/out --overwrite --steps {steps} "
-             f"--prompts-per-step {prompts} --rollouts {rollouts} --max-prompt-tokens 512 --max-completion-tokens {case.limit} --cut-off keep "
-             f"--is-cap 0 --lr 1e-6 --warmup 0 --schedule constant --grad-clip 1 --adam-betas 0.9 0.999 --weight-decay 0 --support {case.support} --topk {K} --tail "
-             f"--eval-every 1000 --save-every 1000 --seed 0 --dtype float32 --tokens-per-batch 8192").split()
+    flags = (f"--model {folder}/model --data {folder}/rows.jsonl --eval-data --out {folder}/out --overwrite --seed 0 --dtype float32 "
+             f"--steps {steps} --prompts-per-step {prompts} --rollouts {rollouts} --max-prompt-tokens 512 --max-completion-tokens {case.limit} "
+             f"--cut-off keep --is-cap 0 --support {case.support} --topk {K} --tail --lr 1e-6 --schedule constant --warmup 0 --grad-clip 1 "
+             f"--adam-betas 0.9 0.999 --weight-decay 0 --tokens-per-batch {tokens} --eval-every 1000 --save-every 1000").split()
     if case.script == "sdpo":
         return [*flags, "--template", TEMPLATE, "--solution-template", SOLUTION, "--verifier", f"{__file__}:verdict", "--teacher-samples", "0",
                 *"--divergence jsd --ema-rate 0.05 --feedback-when never --no-remove-thinking --max-teacher-tokens 10240".split()]
@@ -166,7 +165,7 @@ def our_flags(case: Case, folder: Path, steps: int) -> list[str]:
     return [*flags, "--teacher", f"{folder}/teacher", *"--divergence jsd --average token".split()]
 
 
-def run_ours(case: Case, folder: Path, steps: int, micro: int) -> dict:
+def run_ours(case: Case, folder: Path, steps: int, tokens: int) -> dict:
     import common
     script, log, marks = importlib.import_module(case.script), common.Run.log, Steps()
 
@@ -174,7 +173,7 @@ def run_ours(case: Case, folder: Path, steps: int, micro: int) -> dict:
         log(run, *args)
         marks.end()
     common.Run.log = log_and_mark
-    script.main(common.parse(script.Args, script.PRESETS, our_flags(case, folder, steps)))
+    script.main(common.parse(script.Args, script.PRESETS, our_flags(case, folder, steps, tokens)))
     rows = common.read_jsonl(folder / "out" / "metrics.jsonl")[2:]
     return marks.answer({name: sum(row[f"time/{name}"] for row in rows) for name in PHASES[:3]}, [int(row["train/tokens"]) for row in rows])
 
@@ -191,7 +190,8 @@ def trl_config(script: str, out: Path, **settings: Any) -> Any:
     own = {"sdpo": dict(distillation_mode="full_logits", distillation_alpha=0.5, teacher_update_rate=0.05, reprompt_template=TEMPLATE,
                         solution_template=SOLUTION.replace("{solution}", "{successful_previous_attempt}")),
            "sdft": dict(distillation_mode="full_logits", distillation_topk=None, distillation_alpha=0.0, teacher_model_kind="ema",
-                        teacher_update_rate=0.01, teacher_prompt_template=DEMONSTRATION.replace("{demonstration}", "{privileged_context}"), num_generations=1),
+                        teacher_update_rate=0.01, num_generations=1,
+                        teacher_prompt_template=DEMONSTRATION.replace("{demonstration}", "{privileged_context}")),
            "distill": dict(beta=0.5, teacher_model_init_kwargs=load)}
     config = {"sdpo": SDPOConfig, "sdft": SDFTConfig, "distill": DistillationConfig}[script]
     return config(**(shared | own[script] | settings))
@@ -320,7 +320,7 @@ def check(folder: Path, name: str) -> dict:
 
     # Ours, by the script's own loss, one padded micro-batch.
     module, run = importlib.import_module(script), SimpleNamespace(device=torch.device("cpu"))
-    run.args = args = common.parse(module.Args, module.PRESETS, [*our_flags(Case(script, "tiny", 64, "full", 8, 1), folder, 1), *flags.split()])
+    run.args = args = common.parse(module.Args, module.PRESETS, [*our_flags(Case(script, "tiny", 64, "full", 1), folder, 1, 8192), *flags.split()])
     student = common.load_model(str(folder / "model"), run)
     targets = common.Teacher(str(source) if script == "distill" else "base", 0.0, student, run).targets([(c, y) for _, c, y in taught])
     weight_N, nothing = torch.tensor(sum(weights, [])), [0.0] * 64
@@ -374,7 +374,7 @@ def perform(task: dict) -> dict:
         time.perf_counter = time.process_time                # what both sides' timers read
     if task["side"] == "check":
         return check(folder, task["name"])
-    return {"ours": run_ours, "trl": run_trl}[task["side"]](CASES[task["case"]], folder, task["steps"] + 1, task["micro"])
+    return {"ours": run_ours, "trl": run_trl}[task["side"]](CASES[task["case"]], folder, task["steps"] + 1, task["batch"])
 
 
 def print_check(threads: int) -> None:
@@ -401,9 +401,8 @@ def measure(name: str, lengths: str, args: argparse.Namespace) -> list[tuple[dic
         rows = make_rows(case.script, prompts * (steps + 1))
         (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for _ in range(args.repeats):
-            ours, theirs = (fresh({"side": side, "case": name, "steps": steps, "micro": args.micro or case.micro, "folder": folder,
-                                   "clock": args.clock}, args.threads)
-                            for side in ("ours", "trl"))
+            ours, theirs = (fresh({"side": side, "case": name, "steps": steps, "batch": batch, "folder": folder, "clock": args.clock}, args.threads)
+                            for side, batch in (("ours", args.tokens_per_batch), ("trl", args.rows_per_batch)))
             if lengths == "forced" and ours["tokens"] != theirs["tokens"]:
                 raise SystemExit(f"{name}: ours drew {ours['tokens']} tokens a step and TRL {theirs['tokens']}; forced lengths must be equal")
             pairs.append((ours, theirs))
@@ -429,7 +428,8 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", choices=["forced", "natural"], default=["forced", "natural"])
     parser.add_argument("--repeats", type=int, default=3, help="pairs of processes, ours and TRL's")
     parser.add_argument("--steps", type=int, default=0, help="timed steps of a process; 0 = the case's own number")
-    parser.add_argument("--micro", type=int, default=0, help="rows of TRL's micro-batch; 0 = the case's own number")
+    parser.add_argument("--tokens-per-batch", type=int, default=2048, help="our micro-batch")
+    parser.add_argument("--rows-per-batch", type=int, default=8, help="TRL's micro-batch")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--task", help=argparse.SUPPRESS)
