@@ -1,0 +1,461 @@
+"""One training step beside TRL's: the same model, prompts, lengths and settings, seconds by phase, tokens/s and memory.
+
+pip install trl==1.16.0                                                not a dependency of this project
+python tests/bench_trl.py                                              the check and every case: hours on one core
+python tests/bench_trl.py --case sdpo-small-64 --lengths natural --clock cpu --repeats 1
+python tests/bench_trl.py --case check                                 only the check
+
+Written for TRL 1.16.0 (experimental SDFTTrainer and SDPOTrainer, DistillationTrainer), transformers 5.19, torch 2.13, CPU, fp32.
+ours     `main` of sdpo.py, sdft.py, distill.py with flags, nothing else; phases are time/... of metrics.jsonl
+TRL      the trainers as they are. Chosen for them: gradient_checkpointing and bf16 off (both are on by default), eager attention as ours
+         on CPU, no shuffling, logging or saving. Micro-batches of 8 rows, on sdpo-small-64 no slower than 4 or 16;
+         ours of 2048 tokens, there half the memory of 8192 and no slower beyond the noise.
+both     SDPO: 8 questions x 8 attempts, JSD 1/2 over all logits (topk: the student's top 100 and a tail), EMA teacher, three of four
+         attempts right. SDFT: 32 prompts, forward KL over all logits, EMA teacher. Distillation: 32 prompts, JSD 1/2, token mean, a
+         teacher of the student's shape. AdamW, gradient norm 1, no importance ratio (TRL's is inactive where each batch is used once).
+model    random Qwen3. tiny: 4 layers x 128 and the laptop world's 89 tokens; small: 6 x 256 and 32768. One direction of the hidden state
+         is constant and the EOS logit reads it alone. forced lengths: it is never drawn, so that both do the same work; natural: it is
+         drawn with probability of about 2 / limit at every token: nearly geometric lengths, with the same distribution on both sides.
+seconds  of a step, the first one left out; both sides take turns, each in a fresh process; medians over the repeats. --clock cpu counts the
+         process's CPU seconds in place of wall time: on one thread the same work, without what a busy machine takes away
+         generate | teacher: its forward | student: forward, loss, backward | other. TRL's teacher includes its logits, which ours
+         makes inside the loss: there they count as the student's.
+MiB      growth of the process beyond what it held when the first step began: optimizer state, activations, logits, caches
+"""
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+SHAPES = {"tiny": (4, 128, 89), "small": (6, 256, 32768)}   # layers, width, vocabulary
+
+
+class Case(NamedTuple):
+    script: str
+    shape: str
+    limit: int                                               # longest completion, tokens
+    support: str                                             # tokens that the divergence is summed over
+    steps: int                                               # timed ones
+
+
+CASES = {"sdpo-tiny-256": Case("sdpo", "tiny", 256, "full", 2), "sdpo-small-64": Case("sdpo", "small", 64, "full", 2),
+         "sdft-small-64": Case("sdft", "small", 64, "full", 3), "distill-small-64": Case("distill", "small", 64, "full", 3),
+         "sdpo-small-64-topk": Case("sdpo", "small", 64, "student_topk", 2), "sdpo-small-256": Case("sdpo", "small", 256, "full", 1)}
+PROMPTS = {"sdpo": (8, 8), "sdft": (32, 1), "distill": (32, 1)}                      # prompts per step, completions of each
+PHASES = ("generate", "teacher", "student", "other")
+K = 100
+
+TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
+SOLUTION = "\nCorrect solution:\n\n{solution}"
+DEMONSTRATION = "\n{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\nNow answer with a response of your own.\n"
+
+
+# ---------------------------------------------------------------- model and data
+
+
+def make_tokenizer(size: int) -> Any:
+    """The laptop world's tokenizer, filled up to `size` tokens with words ⟨89⟩, ⟨90⟩, ..., so that text drawn from it reads back alike."""
+    import toy
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = toy.make_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = state["model"]["vocab"]
+    words |= {f"⟨{i}⟩": i for i in range(len(tokenizer), size)}
+    state["pre_tokenizer"]["pattern"] = {"Regex": "⟨[0-9]+⟩|" + toy.PIECES}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), chat_template=tokenizer.chat_template,
+                                   clean_up_tokenization_spaces=False, **tokenizer.special_tokens_map)
+
+
+@torch.no_grad()
+def make_model(folder: Path, shape: str, limit: int, lengths: str, seed: int = 0) -> None:
+    """A random Qwen3 that ends its completions as the docstring says."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    layers, width, size = SHAPES[shape]
+    tokenizer = make_tokenizer(size)
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=width // 32,
+        num_key_value_heads=width // 64, head_dim=32, max_position_embeddings=2048, initializer_range=0.1, tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id)).eval()
+    head = model.lm_head.weight
+    model.model.embed_tokens.weight[:, 0] = 1.0
+    for layer in model.model.layers:                         # nothing writes to direction 0 of the residual stream
+        layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+    head[:, 0] = head[tokenizer.eos_token_id] = 0.0
+    h_ND = model.model(torch.randint(len(tokenizer), (8, 64))).last_hidden_state.flatten(0, 1)
+    others = (h_ND @ head.t()).logsumexp(-1).mean()
+    odds = -60.0 if lengths == "forced" else torch.logit(torch.tensor(2 / limit))
+    head[tokenizer.eos_token_id, 0] = (others + odds) / h_ND[:, 0].mean()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_rows(script: str, n: int) -> list[dict]:
+    """Prompts of 8 to 27 tokens; demonstrations of 8 to 40."""
+    rng = random.Random(0)
+    digits = lambda low, high: "".join(rng.choices("0123456789", k=rng.randint(low, high)))
+    rows = [{"prompt": [{"role": "user", "content": f"sort:{digits(3, 22)}"}], "answer": "0"} for _ in range(n)]
+    return [row | {"privileged_context": digits(8, 40)} for row in rows] if script == "sdft" else rows
+
+
+def verdict(completion: str, row: dict) -> float:
+    """Three of four texts are right."""
+    return float(zlib.crc32(completion.encode()) % 4 > 0)
+
+
+# ---------------------------------------------------------------- the two sides, each in a process of its own
+
+
+def status(key: str) -> int:
+    """KiB of this process, by /proc's name."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+
+
+class Steps:
+    """Wall time and peak memory at the end of each step; number 0 is the moment before the first."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.before = self.peak = 0
+
+    def end(self) -> None:
+        if not self.ends:
+            Path("/proc/self/clear_refs").write_text("5")    # peak = now
+            self.before = status("VmRSS")
+        self.peak = status("VmHWM")
+        self.ends.append(time.perf_counter())
+
+    def answer(self, phases: dict[str, float], tokens: list[int]) -> dict:
+        """Means over the timed steps; `phases` are sums over them."""
+        n = len(self.ends) - 2
+        seconds = (self.ends[-1] - self.ends[1]) / n
+        phases = {name: value / n for name, value in phases.items()}
+        return {"seconds": seconds, **phases, "other": seconds - sum(phases.values()), "tokens": sum(tokens[-n:]) / n,
+                "mib": (self.peak - self.before) / 1024}
+
+
+def our_flags(case: Case, folder: Path, steps: int, tokens: int) -> list[str]:
+    prompts, rollouts = PROMPTS[case.script]
+    flags = (f"--model {folder}/model --data {folder}/rows.jsonl --eval-data --out {folder}/out --overwrite --seed 0 --dtype float32 "
+             f"--steps {steps} --prompts-per-step {prompts} --rollouts {rollouts} --max-prompt-tokens 512 --max-completion-tokens {case.limit} "
+             f"--cut-off keep --is-cap 0 --support {case.support} --topk {K} --tail --lr 1e-6 --schedule constant --warmup 0 --grad-clip 1 "
+             f"--adam-betas 0.9 0.999 --weight-decay 0 --tokens-per-batch {tokens} --eval-every 1000 --save-every 1000").split()
+    if case.script == "sdpo":
+        return [*flags, "--template", TEMPLATE, "--solution-template", SOLUTION, "--verifier", f"{__file__}:verdict", "--teacher-samples", "0",
+                *"--divergence jsd --ema-rate 0.05 --feedback-when never --no-remove-thinking --max-teacher-tokens 10240".split()]
+    if case.script == "sdft":
+        return [*flags, "--template", DEMONSTRATION, *"--divergence forward_kl --ema-rate 0.01 --skip-tokens 0 --max-teacher-tokens 512".split()]
+    return [*flags, "--teacher", f"{folder}/teacher", *"--divergence jsd --average token".split()]
+
+
+def run_ours(case: Case, folder: Path, steps: int, tokens: int) -> dict:
+    import common
+    script, log, marks = importlib.import_module(case.script), common.Run.log, Steps()
+
+    def log_and_mark(run: common.Run, *args: Any) -> None:
+        log(run, *args)
+        marks.end()
+    common.Run.log = log_and_mark
+    script.main(common.parse(script.Args, script.PRESETS, our_flags(case, folder, steps, tokens)))
+    rows = common.read_jsonl(folder / "out" / "metrics.jsonl")[2:]
+    return marks.answer({name: sum(row[f"time/{name}"] for row in rows) for name in PHASES[:3]}, [int(row["train/tokens"]) for row in rows])
+
+
+def trl_config(script: str, out: Path, **settings: Any) -> Any:
+    """The trainer's config: what the docstring says was chosen, everything else as it is by default."""
+    from trl import DistillationConfig
+    from trl.experimental.sdft import SDFTConfig
+    from trl.experimental.sdpo import SDPOConfig
+    load = {"attn_implementation": "eager", "dtype": "float32"}
+    shared = dict(output_dir=str(out), learning_rate=1e-6, lr_scheduler_type="constant", gradient_checkpointing=False, bf16=False,
+                  use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
+                  seed=0, model_init_kwargs=load)
+    own = {"sdpo": dict(distillation_mode="full_logits", distillation_alpha=0.5, teacher_update_rate=0.05, reprompt_template=TEMPLATE,
+                        solution_template=SOLUTION.replace("{solution}", "{successful_previous_attempt}")),
+           "sdft": dict(distillation_mode="full_logits", distillation_topk=None, distillation_alpha=0.0, teacher_model_kind="ema",
+                        teacher_update_rate=0.01, num_generations=1,
+                        teacher_prompt_template=DEMONSTRATION.replace("{demonstration}", "{privileged_context}")),
+           "distill": dict(beta=0.5, teacher_model_init_kwargs=load)}
+    config = {"sdpo": SDPOConfig, "sdft": SDFTConfig, "distill": DistillationConfig}[script]
+    return config(**(shared | own[script] | settings))
+
+
+def trl_trainer(script: str, folder: Path, rows: list[dict], config: Any, callbacks: list) -> Any:
+    import datasets
+    from trl import DistillationTrainer
+    from trl.experimental.sdft import SDFTTrainer
+    from trl.experimental.sdpo import SDPOTrainer
+    shared = dict(model=f"{folder}/model", args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=callbacks)
+    if script == "sdpo":
+        return SDPOTrainer(reward_funcs=lambda completions, **_: [verdict(c[0]["content"], {}) for c in completions], **shared)
+    return SDFTTrainer(**shared) if script == "sdft" else DistillationTrainer(teacher_model=f"{folder}/teacher", **shared)
+
+
+def run_trl(case: Case, folder: Path, steps: int, micro: int) -> dict:
+    import transformers
+    prompts, rollouts = PROMPTS[case.script]
+    marks, seconds, tokens = Steps(), dict.fromkeys(("generate", "prepare", "teacher", "step"), 0.0), []
+
+    class Mark(transformers.TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            marks.end()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            marks.end()
+            if len(marks.ends) == 2:                         # the first step is not timed
+                seconds.update(dict.fromkeys(seconds, 0.0))
+
+    settings = dict(max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=prompts * rollouts // micro, temperature=1.0,
+                    max_completion_length=case.limit)
+    if case.support != "full":
+        settings |= dict(distillation_mode="topk_logits", distillation_topk=K, distillation_add_tail=True)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    trainer = trl_trainer(case.script, folder, rows, trl_config(case.script, folder / "out", **settings), [Mark()])
+
+    def timed(owner: Any, name: str, key: str) -> Callable:
+        method = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = method(*args, **kwargs)
+            seconds[key] += time.perf_counter() - began
+            return result
+        setattr(owner, name, wrapped)
+        return wrapped
+
+    generate, eos = timed(trainer.model, "generate", "generate"), trainer.processing_class.eos_token_id
+
+    def generate_and_count(**kwargs: Any) -> Tensor:
+        ids_BL = generate(**kwargs)
+        over_BT = (ids_BL[:, kwargs["input_ids"].shape[1]:] == eos).int().cumsum(1)
+        tokens.append((over_BT == 0).sum().item() + over_BT.any(1).sum().item())       # with the EOS, as ours counts
+        return ids_BL
+    trainer.model.generate = generate_and_count
+    timed(trainer, "_prepare_inputs", "prepare")
+    timed(trainer, "training_step", "step")
+    trainer.teacher_model.register_forward_pre_hook(lambda *_: seconds.__setitem__("teacher", seconds["teacher"] - time.perf_counter()))
+    trainer.teacher_model.register_forward_hook(lambda *_: seconds.__setitem__("teacher", seconds["teacher"] + time.perf_counter()))
+    trainer.train()
+    assert len(tokens) == steps, f"{len(tokens)} calls of generate in {steps} steps"
+    student = seconds["step"] - seconds["prepare"] - seconds["teacher"]
+    return marks.answer({"generate": seconds["generate"], "teacher": seconds["teacher"], "student": student}, tokens)
+
+
+# ---------------------------------------------------------------- the check: one batch, two losses, a plain reference
+
+
+def jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+    return ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def jsd_top20(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """On the student's 20 likeliest tokens and one bucket that holds the others."""
+    kept = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, log_p.topk(20).indices, True)
+    fold = lambda a: torch.cat([a[kept].view(len(a), 20), a.masked_fill(kept, -torch.inf).logsumexp(-1, keepdim=True)], -1)
+    return jsd(fold(log_p), fold(log_q))
+
+
+# name: script, divergence, model family, our flags, TRL's settings
+CHECKS = {"SDPO, JSD ½ over all logits": ("sdpo", jsd, "qwen3", "--support full", {}),
+          "SDPO, JSD ½, top 20 and tail": ("sdpo", jsd_top20, "qwen3", "--support student_topk --topk 20", dict(
+              distillation_mode="topk_logits", distillation_topk=20, distillation_add_tail=True)),
+          "SDFT, forward KL": ("sdft", forward_kl, "qwen3", "--support full", {}),
+          "the same, sampled at temperature 0.7": ("sdft", forward_kl, "qwen3", "--support full --temperature 0.7", dict(temperature=0.7)),
+          "the same, absolute positions (GPT-2)": ("sdft", forward_kl, "gpt2", "--support full", {}),
+          "distillation, JSD ½": ("distill", jsd, "qwen3", "--support full", {})}
+# Where TRL computes something else: it divides the loss's logits by the sampling temperature, and counts padding as positions.
+DIFFERS = {"the same, sampled at temperature 0.7", "the same, absolute positions (GPT-2)"}
+
+
+def check(folder: Path, name: str) -> dict:
+    """Loss and gradient of one ragged batch by both, as relative errors against float64 autograd on each answer alone, unpadded."""
+    import common
+    import conftest
+    from transformers import AutoModelForCausalLM
+    script, measure, family, flags, settings = CHECKS[name]
+    conftest.make_model(folder / "model", family)
+    conftest.make_model(folder / "teacher", family, seed=1)
+    rng = random.Random(0)
+    words = lambda low, high: [rng.randrange(6, SHAPES["tiny"][2]) for _ in range(rng.randint(low, high))]
+    triples = [(words(5, 20), words(10, 60), words(4, 40)) for _ in range(8)]         # what the student and the teacher read, and y
+    triples = [(x, x, y) for x, _, y in triples] if script == "distill" else triples
+    taught = triples[:7] if script == "sdpo" else triples    # SDPO: the last attempt has no signal, but counts in the mean
+    total = sum(len(y) for *_, y in triples)
+    weights = [[1 / total if script == "distill" else 1 / (len(y) * len(triples))] * len(y) for *_, y in taught]
+    source = folder / ("teacher" if script == "distill" else "model")
+
+    def gradient(model: Any, loss: Tensor) -> Tensor:
+        loss.backward()
+        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for _, p in sorted(model.named_parameters())])
+
+    # The reference.
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+                        for path in (folder / "model", source))
+    predict = lambda model, x, y: model(torch.tensor([x + y])).logits[0, len(x) - 1:-1].log_softmax(-1)
+    loss = sum((torch.tensor(w, dtype=torch.float64) * measure(predict(student, x, y), predict(teacher, c, y).detach())).sum()
+               for (x, c, y), w in zip(taught, weights, strict=True))
+    exact, exact_gradient = loss.item(), gradient(student, loss)
+
+    # Ours, by the script's own loss, one padded micro-batch.
+    module, run = importlib.import_module(script), SimpleNamespace(device=torch.device("cpu"))
+    run.args = args = common.parse(module.Args, module.PRESETS, [*our_flags(Case(script, "tiny", 64, "full", 1), folder, 1, 8192), *flags.split()])
+    student = common.load_model(str(folder / "model"), run)
+    targets = common.Teacher(str(source) if script == "distill" else "base", 0.0, student, run).targets([(c, y) for _, c, y in taught])
+    weight_N, nothing = torch.tensor(sum(weights, [])), [0.0] * 64
+    form = {"sdpo": lambda x, c, y: module.Sample(0, x, c, y, nothing[:len(y)], [True] * len(y), 0.0),
+            "sdft": lambda x, c, y: module.Sample({}, x, c, y, nothing[:len(y)], [True] * len(y)),
+            "distill": lambda x, c, y: module.Sample(x, y, nothing[:len(y)], None, [])}[script]
+    micro = [form(*triple) for triple in taught]
+    score = {"sdpo": lambda h, head: module.sdpo_loss(h, head, targets, [], micro, weight_N, total, args),
+             "sdft": lambda h, head: module.sdft_loss(h, head, targets, micro, weight_N, args),
+             "distill": lambda h, head: module.gkd_loss(h, head, targets, micro, weight_N, True, args)}[script]
+    loss, _ = common.on_completions(student, [(x, y) for x, _, y in taught], args, score)
+    ours, our_gradient = loss.item(), gradient(student, loss)
+
+    # TRL, by its trainer's compute_loss on the batch as it pads one.
+    trainer = trl_trainer(script, folder, make_rows(script, 8), trl_config(script, folder / "out", **settings), [])
+    pad = trainer.processing_class.pad_token_id
+
+    def padded(lists: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
+        width = max(map(len, lists))
+        place = lambda ids, fill: [fill] * (width - len(ids)) * left + ids + [fill] * (width - len(ids)) * (not left)
+        return torch.tensor([place(ids, pad) for ids in lists]), torch.tensor([place([1] * len(ids), 0) for ids in lists])
+    (x, x_mask), (c, c_mask), (y, y_mask) = (padded(list(side), left) for side, left in zip(zip(*triples), (True, True, False)))
+    inputs = {"prompt_ids": x, "prompt_mask": x_mask, "completion_ids": y, "completion_mask": y_mask, "teacher_input_ids": torch.cat([c, y], 1),
+              "teacher_attention_mask": torch.cat([c_mask, y_mask], 1)}
+    if script == "sdpo":
+        inputs["self_distillation_mask"] = torch.tensor([1.0] * 7 + [0.0])
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    theirs, their_gradient = loss.item(), gradient(trainer.model, loss)
+    off = lambda g: ((g - exact_gradient).norm() / exact_gradient.norm()).item()
+    return {"loss": exact, "ours": abs(ours / exact - 1), "trl": abs(theirs / exact - 1),
+            "our_gradient": off(our_gradient), "trl_gradient": off(their_gradient)}
+
+
+# ---------------------------------------------------------------- the table
+
+
+def fresh(task: dict, threads: int) -> dict:
+    """This script in a process of its own; its last line is the answer."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "CUDA_VISIBLE_DEVICES": "",
+                        "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, __file__, "--task", json.dumps(task)], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{task}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def perform(task: dict) -> dict:
+    folder = Path(task["folder"])
+    if task.get("clock") == "cpu":
+        time.perf_counter = time.process_time                # what both sides' timers read
+    if task["side"] == "check":
+        return check(folder, task["name"])
+    return {"ours": run_ours, "trl": run_trl}[task["side"]](CASES[task["case"]], folder, task["steps"] + 1, task["batch"])
+
+
+def print_check(threads: int) -> None:
+    print("\nThe same batch, relative errors against float64:\n\n| | loss | ours | TRL | gradient: ours | TRL |\n|---|---|---|---|---|---|")
+    wrong = []
+    for name in CHECKS:
+        with tempfile.TemporaryDirectory() as folder:
+            r = fresh({"side": "check", "name": name, "folder": folder}, threads)
+        print(f"| {name} | {r['loss']:.3g} | {r['ours']:.0e} | {r['trl']:.0e} | {r['our_gradient']:.0e} | {r['trl_gradient']:.0e} |", flush=True)
+        sides = {"ours": r["our_gradient"], "TRL": 0 if name in DIFFERS else r["trl_gradient"]}
+        wrong += [f"{name}: {side}'s gradient is off by {error:.1g}" for side, error in sides.items() if not error < 1e-4]
+    if wrong:
+        raise SystemExit("the two do not compute the same: " + "; ".join(wrong))
+
+
+def measure(name: str, lengths: str, args: argparse.Namespace) -> list[tuple[dict, dict]]:
+    """(ours, TRL's) numbers, a pair for each repeat."""
+    case, pairs = CASES[name], []
+    prompts, _ = PROMPTS[case.script]
+    steps = args.steps or case.steps
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder) / "model", case.shape, case.limit, lengths)
+        make_model(Path(folder) / "teacher", case.shape, case.limit, lengths, seed=1)
+        rows = make_rows(case.script, prompts * (steps + 1))
+        (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for _ in range(args.repeats):
+            ours, theirs = (fresh({"side": side, "case": name, "steps": steps, "batch": batch, "folder": folder, "clock": args.clock}, args.threads)
+                            for side, batch in (("ours", args.tokens_per_batch), ("trl", args.rows_per_batch)))
+            if lengths == "forced" and ours["tokens"] != theirs["tokens"]:
+                raise SystemExit(f"{name}: ours drew {ours['tokens']} tokens a step and TRL {theirs['tokens']}; forced lengths must be equal")
+            pairs.append((ours, theirs))
+            print(json.dumps({"case": name, "lengths": lengths, "ours": ours, "trl": theirs}), file=sys.stderr, flush=True)
+    return pairs
+
+
+def print_rows(name: str, lengths: str, pairs: list[tuple[dict, dict]]) -> None:
+    sides = [{key: statistics.median(side[key] for side in runs) for key in runs[0]} for runs in zip(*pairs)]
+    for label, side in zip(("ours", "TRL"), sides):
+        print(f"| {name}, {lengths} | {label} | {side['seconds']:.2f} | " + " | ".join(f"{side[phase]:.2f}" for phase in PHASES)
+              + f" | {side['tokens'] / side['seconds']:.0f} | {side['mib']:.0f} |")
+    ratios = sorted(theirs["seconds"] / ours["seconds"] for ours, theirs in pairs)
+    ours, theirs = sides
+    rate = (ours["tokens"] / ours["seconds"]) / (theirs["tokens"] / theirs["seconds"])
+    print(f"| | TRL / ours | **{theirs['seconds'] / ours['seconds']:.1f}** ({ratios[0]:.1f} to {ratios[-1]:.1f}) | "
+          + " | ".join(f"{theirs[phase] / ours[phase]:.1f}" for phase in PHASES) + f" | {rate:.1f} | {theirs['mib'] / ours['mib']:.1f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=["check", *CASES], default=["check", *CASES])
+    parser.add_argument("--lengths", nargs="+", choices=["forced", "natural"], default=["forced", "natural"])
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of processes, ours and TRL's")
+    parser.add_argument("--steps", type=int, default=0, help="timed steps of a process; 0 = the case's own number")
+    parser.add_argument("--tokens-per-batch", type=int, default=2048, help="our micro-batch")
+    parser.add_argument("--rows-per-batch", type=int, default=8, help="TRL's micro-batch")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.task:
+        print(json.dumps(perform(json.loads(args.task))))
+        return
+    if args.clock == "cpu" and args.threads > 1:
+        parser.error(f"--clock cpu adds the seconds of all threads; add --threads 1 (it is {args.threads})")
+    if not importlib.util.find_spec("trl"):
+        parser.error("TRL is not installed here, and this script compares with it: pip install trl==1.16.0")
+    import transformers
+    from importlib.metadata import version
+    transformers.logging.disable_progress_bar()
+    print(", ".join(f"{package} {version(package)}" for package in ("trl", "transformers", "torch"))
+          + f", {args.threads} CPU thread(s), {args.clock} seconds", flush=True)
+    if "check" in args.case:
+        print_check(args.threads)
+    names = [name for name in args.case if name != "check"]
+    if names:
+        print(f"\n| | | s/step | {' | '.join(PHASES)} | tokens/s | MiB |\n|---|---|---|---|---|---|---|---|---|")
+    for name in names:
+        for lengths in args.lengths:
+            print_rows(name, lengths, measure(name, lengths, args))
+
+
+if __name__ == "__main__":
+    main()
