@@ -1274,7 +1274,8 @@ class Teacher:
         """|teacher - student| / |student| over the trained weights; 0 for a live teacher."""
         if self.kind not in HOLDS_A_COPY:
             return 0.0
-        gap, size = zip(*[((t - s).square().sum(), s.square().sum()) for t, s in self.pairs().values()])
+        norm = torch.linalg.vector_norm
+        gap, size = zip(*[(norm(t - s).square(), norm(s).square()) for t, s in self.pairs().values()])
         n = self.run.sum(gap=sum(gap).item(), size=sum(size).item())      # replicas count in both
         return math.sqrt(n["gap"] / n["size"])
 
@@ -1635,9 +1636,9 @@ def learning_rate(step: int, steps: int, args: Any) -> float:
 def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
     """AdamW on this rank's shards of what is trained. Its moments are there from the start: a checkpoint has a place for each."""
     params = [p for p in parameters_of(model).values() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=args.adam_betas, weight_decay=args.weight_decay, eps=1e-8)
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=args.adam_betas, weight_decay=args.weight_decay, eps=1e-8, fused=True)
     for p in params:
-        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
