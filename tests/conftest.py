@@ -19,6 +19,15 @@ torch.set_num_threads(1)
 import toy  # noqa: E402
 
 
+QUICK = {"test_loss", "test_models", "test_readme", "test_rows", "test_sampler", "test_settings", "test_teacher", "test_verifiers"}
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    for item in items:
+        if item.module.__name__ in QUICK:
+            item.add_marker("quick")
+
+
 def make_model(folder: Path, family: str = "qwen3", seed: int = 0, **changes) -> Path:
     """A saved random model of `family` with the laptop world's tokenizer; weights large enough that its outputs are not uniform."""
     import transformers
