@@ -333,8 +333,11 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on CUDA, the process's largest resident set on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():                                      # Linux, where ru_maxrss would begin with that of the process that started us
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # ---------------------------------------------------------------- Models: fp32 master weights, dropout off, exact logits

@@ -47,8 +47,8 @@ def measure() -> None:
                head_dim=64, initializer_range=0.02)
     rows = "".join(f'{{"prompt": "zig:{i}", "privileged_context": "so{i}", "answer": "{i}"}}\n' for i in range(16))
     (folder / "data.jsonl").write_text(rows)
-    tiny = SimpleNamespace(model=folder / "model", data=folder / "data.jsonl", eval=folder / "data.jsonl")
-    more = "--steps 1 --tokens-per-batch 1024 --max-teacher-tokens 64 --save-every 9"
+    tiny = SimpleNamespace(model=folder / "model", teacher="", data=folder / "data.jsonl", eval=folder / "data.jsonl")
+    more = "--steps 1 --tokens-per-batch 256 --max-teacher-tokens 64 --save-every 9"
     for n in (1, 2):
         planned, taken = [], []
         for name in ("model", "big"):

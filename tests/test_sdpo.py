@@ -380,7 +380,7 @@ def test_the_search_ends_with_the_first_success(search, solver, tiny, tmp_path, 
     steps, prompts = [], []
     step, each = sdpo.optimizer_step, common.Sampler.each
     monkeypatch.setattr(sdpo, "optimizer_step", lambda *a: (steps.append(1), step(*a))[1])
-    monkeypatch.setattr(sdpo, "grade", lambda verify, pairs: [verify(*pair) for pair in pairs])        # in order, so that the 11th call is attempt 11
+    monkeypatch.setattr(sdpo, "grade", lambda run, verify, pairs: [verify(*pair) for pair in pairs])        # in order, so that the 11th call is attempt 11
     def watched(self, model, asked, keys, stream, **how):
         if stream[0] == common.TRAIN_STREAM:
             assert [row for row, _ in keys] == [7] * 4
