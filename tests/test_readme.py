@@ -45,7 +45,7 @@ def test_flags_in_the_text_exist():
 
 def test_links_point_to_files():
     for page, text in PAGES.items():
-        for target in re.findall(r"\]\(([^)h][^)]*)\)", text):
+        for target in re.findall(r"\]\(([^)#h][^)#]*)", text):
             assert (page.parent / target).exists(), target
 
 
