@@ -196,7 +196,9 @@ CHECKS = [
       for d in ("jsd", "reverse_kl", "forward_kl")),
     rows("λ = 1 beats ½", "GKD, GSM8K", "distill-lock", "new skill", "on-policy, jsd", "half on-policy, jsd"),
     rows("λ = ½ beats 0", "GKD, GSM8K", "distill-lock", "new skill", "half on-policy, jsd", "off-policy, jsd"),
-    columns("one prompt teaches the task", "Thinking Machines", "distill-add", "one prompt, 20 x 256 answers", "new skill", "start"),
+    rows("the sampled token needs more answers than all logits", "Thinking Machines", "distill-add", FEWER, "sampled-token policy gradient",
+         "on-policy, reverse_kl"),
+    rows("one prompt teaches as much as many", "Thinking Machines", "distill-add", "new skill", "one prompt, 20 x 256 answers", "on-policy, forward_kl"),
 ]
 UNTESTED = {
     "text and answer beat text, which beats the answer alone (SDFT)": "there are no documents",
