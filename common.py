@@ -401,7 +401,8 @@ def load_model(source: str, run: Run, lora_rank: int = 0, checkpointing: bool = 
     """A causal LM in `dtype` (fp32: master weights) on this rank's device, in eval mode: dropout off, always.
 
     `lora_rank` > 0 freezes it and adds adapters on every linear layer but the head (alpha = 2 rank). `adapter` is a trained one,
-    merged into the weights. `checkpointing` keeps the layers' inputs alone for the backward. With several processes the first one reads the weights and hands every rank its shards of them.
+    merged into the weights. `checkpointing` keeps the layers' inputs alone for the backward. With several processes the first one
+    reads the weights and hands every rank its shards of them.
     """
     from transformers import AutoConfig
     plain, problem = None, ""

@@ -109,7 +109,8 @@ class Args:
     eval_data: tuple[str, ...] = ()
     """Evaluation sets; the first decides which weights are best/, the others watch what is forgotten."""
     verifier: str = "exact"
-    """Grades attempts: exact, choice, tool_use, math, code (runs them in a sandbox), or path.py:function, as function(completion, row) -> reward or (reward, feedback)."""
+    """Grades attempts: exact, choice, tool_use, math, code (runs them in a sandbox), or path.py:function, as function(completion, row)
+    -> reward or (reward, feedback)."""
     student_chat_kwargs: Json = field(default_factory=lambda: {"enable_thinking": False})
     """Arguments of the chat template for the student's prompt, as JSON."""
     teacher_chat_kwargs: Json = field(default_factory=lambda: {"enable_thinking": False})
