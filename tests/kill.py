@@ -6,6 +6,7 @@ A third of the kills wait until a checkpoint is half written. Prints a line each
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -69,7 +70,8 @@ def main() -> None:
             time.sleep(0.001)
         time.sleep(0 if half else rng.random() * 0.4)
         for pid in [*children(run.pid), run.pid]:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):    # it has just ended by itself
+                os.kill(pid, signal.SIGKILL)
         run.wait()
         left = sorted(path.name for path in (out / "checkpoints").iterdir()) if (out / "checkpoints").exists() else []
         resumed = start(args.script, flags(out.name) + " --resume")
