@@ -1661,6 +1661,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, run: Run) -> flo
     if math.isfinite(norm):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
+        torch.autograd.graph.increment_version(params)       # its kernel does not count its writes, and vLLM is given what was written to
     elif run.skipped == 5:
         raise RunError("five gradients in a row were not finite; lower --lr, or look at the samples of these steps")
     optimizer.zero_grad(set_to_none=True)

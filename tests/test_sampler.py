@@ -10,7 +10,7 @@ from conftest import make_model, run_here
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import toy
-from common import InputError, Sampler, draw, on_completions, uniforms
+from common import InputError, Sampler, draw, make_optimizer, on_completions, optimizer_step, uniforms
 
 ARGS = type("Args", (), dict(seed=3, max_completion_tokens=12, sample_batch=64, dtype="auto"))
 PROMPTS = [[3, 20, 21, 5, 4], [3, 22, 5, 4], [3, 30, 31, 32, 33, 34, 5, 4], [3, 22, 5, 4], [3, 25, 26, 5, 4]]
@@ -131,3 +131,13 @@ def test_an_engine_that_cannot_start_is_refused_before_a_model_loads(version, fl
     with pytest.raises(InputError, match=message):
         run_here("sdft", tmp_path / "r", tiny, f"--engine vllm {flags}")
     assert not (tmp_path / "r").exists()
+
+
+def test_every_optimiser_step_counts_as_a_write():
+    """By these counts the vLLM engine knows that its weights are stale; the fused kernel alone leaves them as they were."""
+    model, args = torch.nn.Linear(3, 2), SimpleNamespace(lr=0.1, adam_betas=(0.9, 0.999), weight_decay=0.0, grad_clip=1.0)
+    run, optimizer = SimpleNamespace(args=args, skipped=0, skipped_all=0), make_optimizer(model, args)
+    model(torch.ones(3)).sum().backward()
+    before = [p._version for p in model.parameters()]
+    assert optimizer_step(optimizer, 0.1, run) > 0
+    assert all(p._version > count for p, count in zip(model.parameters(), before))
