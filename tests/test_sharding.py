@@ -56,7 +56,7 @@ def world(tiny, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "judge.py").write_text(JUDGE)
     place = dict(tied=make_model(folder / "tied", tie_word_embeddings=True), gpt2=make_model(folder / "gpt2", "gpt2"), judge=f"{folder}/judge.py:judge")
-    flags = {name: f"--prompts-per-step 12 --steps 3 --save-every 1 --eval-temperature 1 {more.format(**place)}" for name, (_, more) in RUNS.items()}
+    flags = {name: f"--prompts-per-step 12 --steps 5 --save-every 1 --eval-temperature 1 {more.format(**place)}" for name, (_, more) in RUNS.items()}
     for name, (script, _) in RUNS.items():
         run_here(script, folder / "1" / name, tiny, flags[name])
     for n in (2, 3):
