@@ -193,8 +193,8 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Writes global numbers of this step to metrics.jsonl, wandb and the progress bar."""
-        if self.args.engine == "vllm" and (gaps := self.gather(self.gaps)):
-            metrics = {**metrics, "rollout/logp_gap_mean": sum(gaps) / len(gaps), "rollout/logp_gap_max": max(gaps)}
+        if self.args.engine == "vllm" and (gap := self.sum(n=len(self.gaps), total=sum(self.gaps)))["n"]:
+            metrics = {**metrics, "rollout/logp_gap_mean": gap["total"] / gap["n"], "rollout/logp_gap_max": max(self.gather([max(self.gaps, default=0.0)]))}
         self.gaps = []
         seconds = sum(v for k, v in self.times.items() if k != "eval")
         self.seconds += seconds
