@@ -23,7 +23,6 @@ import ast
 import base64
 import contextlib
 import copy
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -45,6 +44,7 @@ import threading
 import time
 import warnings
 import zlib
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple, get_args
@@ -79,6 +79,53 @@ class RunError(RuntimeError):
 
 
 # ---------------------------------------------------------------- Run: the same numbers whatever the number of processes
+
+
+@dataclass
+class RunArgs:
+    """The flags of every script: where, when and how fast. A script's `Args` has its algorithm's before them."""
+
+    sample_batch: int = 256
+    """Answers decoded at once on one process; lower it when the KV cache does not fit."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who draws answers. vllm: in this process, many times faster on real models; other answers of the same distribution."""
+    engine_cache_gib: float = 8.0
+    """vllm: GiB of its KV cache, on each process. More holds longer answers, and more of them at once."""
+    engine_tensor_parallel: int = 1
+    """vllm: so many processes share an engine, each with a part of every layer. 1: an engine for each process."""
+    tokens_per_batch: int = 16384
+    """Micro-batch: rows x longest prompt and answer, on one process. Changes memory and speed, not the numbers."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. The student's weights, EMA and loss are float32 in any case."""
+    replicas: int = 1
+    """Copies R of the model, its gradients and optimiser, each shared by 1/R of the processes (HSDP). 1: one, shared by all: least memory."""
+    gather_to_sample: bool = True
+    """Each process holds all weights (2 bytes each in bf16) while it draws; otherwise they are fetched for every token: slow, least memory."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, a fraction of the memory."""
+    save_every: int = 100
+    """Steps between checkpoints; the last two are kept."""
+    out: str = ""
+    """Folder of the run; runs/<script>-<preset> when not given."""
+    seed: int = 42
+    """Of data order, rollouts and adapters."""
+    resume: bool = False
+    """Continue from the newest checkpoint in --out (srt.py: or in the middle of the collection); start when there is none."""
+    overwrite: bool = False
+    """Delete the run that --out holds."""
+    dry_run: bool = False
+    """Check everything, print the plan, the memory it needs and what both sides read, and stop before the model loads."""
+    timeout: float = 30.0
+    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
+    keep_going: bool = False
+    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
+    wandb_project: str = ""
+    """Also log to this Weights & Biases project."""
+
+
+# Flags that may change between a run and its continuation: they decide where, when and how fast, not what is computed.
+FREE_ON_RESUME = {field.name for field in fields(RunArgs)} - {"seed", "engine", "dtype"} | {
+    "eval_every", "collect_only", "teacher_url", "teacher_retries", "teacher_timeout", "teacher_requests"}
 
 
 def parse(args_type: type, presets: dict[str, dict], argv: list[str] | None = None) -> Any:
@@ -241,7 +288,7 @@ def start(args: Any, even: bool = True) -> Run:
     import transformers
     transformers.logging.disable_progress_bar()
     torch.manual_seed(args.seed)                             # only initial LoRA weights draw from it; rollouts have their own
-    config = {"args": dataclasses.asdict(args), "world": run.world, "command": shlex.join(sys.argv), "commit": git_commit(),
+    config = {"args": asdict(args), "world": run.world, "command": shlex.join(sys.argv), "commit": git_commit(),
               "versions": {m.__name__: m.__version__ for m in (torch, np, transformers)}}
     below = args.prompts_per_step // run.world * run.world
     if even and below != args.prompts_per_step:
@@ -256,12 +303,6 @@ def start(args: Any, even: bool = True) -> Run:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, request_stop)
     return run
-
-
-# Flags that may change between a run and its continuation: they decide where, when and how fast, not what is computed.
-FREE_ON_RESUME = {"out", "resume", "overwrite", "dry_run", "tokens_per_batch", "sample_batch", "eval_every", "save_every",
-                  "wandb_project", "collect_only", "teacher_url", "teacher_retries", "teacher_timeout", "teacher_requests", "replicas",
-                  "gather_to_sample", "activation_checkpointing", "timeout", "keep_going", "engine_cache_gib", "engine_tensor_parallel"}
 
 
 def claim_folder(run: Run, config: dict) -> None:
@@ -306,7 +347,7 @@ def begin(run: Run, steps: int, done: int) -> None:
     run.done = done
     if run.main and run.args.wandb_project:
         import wandb
-        run.wandb = wandb.init(project=run.args.wandb_project, name=run.out.name, config=dataclasses.asdict(run.args), resume="allow")
+        run.wandb = wandb.init(project=run.args.wandb_project, name=run.out.name, config=asdict(run.args), resume="allow")
     run.bar = tqdm(total=steps, initial=done, disable=not run.main, desc=run.out.name, file=sys.stderr, dynamic_ncols=True)
 
 

@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import (SOLVED, TEACHER_STREAM, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, Sampler, Support, Teacher, again,
-                    as_messages, begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, grade, launch, learning_rate,
+from common import (SOLVED, TEACHER_STREAM, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunArgs, Sampler, Support, Teacher,
+                    again, as_messages, begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, grade, launch, learning_rate,
                     livecodebench_row, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer,
                     make_sampler, micro_batches, most_uncertain, on_completions, optimizer_step, planned, save_checkpoint, sciknoweval_row, start,
                     step_rows, token_loss, token_stats)
 
 
 @dataclass
-class Args:
+class Algorithm:
     preset: str = "toy"
     """Where the other flags start from: toy, sciknoweval, tooluse, lcb, ttt. Any flag given beside it wins."""
 
@@ -69,8 +69,7 @@ class Args:
     advantage_clip: float = 0.0
     """reverse_kl: the log-ratio of student and teacher, the paper's advantage, counts up to +-this. 0 = no limit. 5 at test time."""
     entropy_quantile: float = 0.0
-    """rho: of the step's loss tokens only this share, those where the student's entropy is highest, carry loss. 0 = all of
-    them. The pass that finds them costs a student forward, about a third of the student's time."""
+    """rho: only this share of the loss tokens, those where the student's entropy is highest, carries loss; costs a forward. 0 = all."""
     average: Literal["sequence", "token"] = "sequence"
     """sequence: mean over all attempts, 0 for those without a signal (authors' code). token: mean over tokens with one."""
     is_cap: float = 2.0
@@ -109,8 +108,7 @@ class Args:
     eval_data: tuple[str, ...] = ()
     """Evaluation sets; the first decides which weights are best/, the others watch what is forgotten."""
     verifier: str = "exact"
-    """Grades attempts: exact, choice, tool_use, math, code (runs them in a sandbox), or path.py:function, as function(completion, row)
-    -> reward or (reward, feedback)."""
+    """Grades attempts: exact, choice, tool_use, math, code (in a sandbox), or path.py:function(completion, row) -> reward or (reward, feedback)."""
     student_chat_kwargs: Json = field(default_factory=lambda: {"enable_thinking": False})
     """Arguments of the chat template for the student's prompt, as JSON."""
     teacher_chat_kwargs: Json = field(default_factory=lambda: {"enable_thinking": False})
@@ -135,15 +133,6 @@ class Args:
     """Sampling from the k likeliest tokens only; 0 = all. Otherwise it needs --is-cap 0."""
     cut_off: Literal["auto", "keep", "drop"] = "auto"
     """Attempts cut off at the limit: keep them (authors' code), drop them, or auto = keep, but stop if step 1 has no other."""
-    sample_batch: int = 256
-    """Attempts decoded at once on one process; lower it when the KV cache does not fit."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """Who draws answers. vllm: in this process and many times faster on real models, other answers of the same distribution. A
-    teacher of another architecture answers with transformers."""
-    engine_cache_gib: float = 8.0
-    """vllm: GiB of its KV cache, on each process. More holds longer answers, and more of them at once."""
-    engine_tensor_parallel: int = 1
-    """vllm: so many processes share an engine, each with a part of every layer. 1: an engine for each process."""
 
     # Optimisation.
     epochs: float = 30.0
@@ -164,49 +153,23 @@ class Args:
     """Of AdamW."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = no clipping."""
-    tokens_per_batch: int = 16384
-    """Micro-batch: rows x longest prompt and answer, on one process. Changes memory and speed, not the numbers."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. Weights, EMA and loss are float32 in any case."""
-    replicas: int = 1
-    """Several processes share the model, its gradients and optimiser between them: each holds 1/n. With R > 1 there are R copies,
-    each shared by 1/R of them (HSDP): 8 times the memory at R = 8, and less traffic between machines if R is their number."""
-    gather_to_sample: bool = True
-    """Each process holds all weights in the compute type (2 bytes each in bf16) while it draws. Otherwise they are fetched anew
-    layer by layer for every token, and all processes decode in lock-step: slow, and for models that do not fit."""
-    activation_checkpointing: bool = False
-    """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, a fraction of the memory."""
 
-    # The run.
+    # Evaluation.
     eval_every: int = 5
     """Steps between evaluations; one before the first step and one after the last are always made."""
     eval_samples: int = 16
     """Answers per evaluation prompt: avg@n and pass@n."""
     teacher_samples: int = 32
-    """teacher/accuracy, at step 1 and every evaluation: about this many of the batch's contexts, answered by the teacher. 0 = not
-    measured; nor is a trust_region, whose mixture is not one model to sample from."""
+    """teacher/accuracy, at step 1 and evaluations: so many of the batch's contexts, answered by the teacher (not trust_region). 0 = none."""
     eval_temperature: float = 0.6
     """Of evaluation; 0 = greedy."""
     eval_top_p: float = 0.95
     """Nucleus of evaluation."""
-    save_every: int = 100
-    """Steps between checkpoints; the last two are kept."""
-    out: str = ""
-    """Folder of the run; runs/<script>-<preset> when not given."""
-    seed: int = 42
-    """Of data order, rollouts and adapters."""
-    resume: bool = False
-    """Continue from the newest checkpoint in --out; start when there is none."""
-    overwrite: bool = False
-    """Delete the run that --out holds."""
-    dry_run: bool = False
-    """Check everything, print the plan and what both sides read, and stop before the model loads."""
-    timeout: float = 30.0
-    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
-    keep_going: bool = False
-    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
-    wandb_project: str = ""
-    """Also log to this Weights & Biases project."""
+
+
+@dataclass
+class Args(RunArgs, Algorithm):
+    """These flags, and behind them those of every script: the machine and the run."""
 
 
 # Tables 12 and 13 and appendix E; Args holds the column of section 3 (no feedback).

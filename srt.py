@@ -28,14 +28,15 @@ from typing import Any, Callable, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, Sampler, again, append_jsonl, as_messages, barrier,
-                    batch_rows, begin, chat_ids, epoch_order, evaluate, evaluate_revision, explain, finish, fit, grade, launch, learning_rate,
-                    load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches,
-                    on_completions, optimizer_step, planned, question_key, read_jsonl, remove, save_checkpoint, start, token_loss, without_eos)
+from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, RunArgs, Sampler, again, append_jsonl, as_messages,
+                    barrier, batch_rows, begin, chat_ids, epoch_order, evaluate, evaluate_revision, explain, finish, fit, grade, launch,
+                    learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer,
+                    make_sampler, micro_batches, on_completions, optimizer_step, planned, question_key, read_jsonl, remove, save_checkpoint,
+                    start, token_loss, without_eos)
 
 
 @dataclass
-class Args:
+class Algorithm:
     preset: str = "toy"
     """Where the other flags start from: toy, math, code. Any flag given beside it wins."""
 
@@ -82,7 +83,7 @@ class Args:
     eval_data: tuple[str, ...] = ()
     """Evaluation sets; the first decides which weights are best/, the others watch what is forgotten."""
     verifier: str = "exact"
-    """Verdict r: exact, choice, tool_use, math, code (runs it in a sandbox), or path.py:function, as function(completion, row) -> reward."""
+    """Verdict r: exact, choice, tool_use, math, code (in a sandbox), or path.py:function(completion, row) -> reward."""
     student_chat_kwargs: Json = field(default_factory=dict)
     """Arguments of the chat template, as JSON."""
     max_prompt_tokens: int = 2048
@@ -103,15 +104,6 @@ class Args:
     """Nucleus of sampling."""
     top_k: int = 0
     """Sampling from the k likeliest tokens only; 0 = all."""
-    sample_batch: int = 256
-    """Answers decoded at once on one process; lower it when the KV cache does not fit."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """Who draws answers. vllm: in this process and many times faster on real models, other answers of the same distribution. A
-    teacher of another architecture answers with transformers."""
-    engine_cache_gib: float = 8.0
-    """vllm: GiB of its KV cache, on each process. More holds longer answers, and more of them at once."""
-    engine_tensor_parallel: int = 1
-    """vllm: so many processes share an engine, each with a part of every layer. 1: an engine for each process."""
 
     # Optimisation.
     prompts_per_step: int = 4
@@ -132,20 +124,8 @@ class Args:
     """Of AdamW."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = no clipping."""
-    tokens_per_batch: int = 16384
-    """Micro-batch: rows x longest sequence, on one process. Changes memory and speed, not the numbers."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. Weights and loss are float32 in any case."""
-    replicas: int = 1
-    """Several processes share the model, its gradients and optimiser between them: each holds 1/n. With R > 1 there are R copies,
-    each shared by 1/R of them (HSDP): 8 times the memory at R = 8, and less traffic between machines if R is their number."""
-    gather_to_sample: bool = True
-    """Each process holds all weights in the compute type (2 bytes each in bf16) while it draws. Otherwise they are fetched anew
-    layer by layer for every token, and all processes decode in lock-step: slow, and for models that do not fit."""
-    activation_checkpointing: bool = False
-    """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, a fraction of the memory."""
 
-    # The run.
+    # Evaluation.
     eval_every: int = 500
     """Steps between evaluations; one before the first step and one after the last are always made."""
     eval_samples: int = 8
@@ -156,24 +136,11 @@ class Args:
     """Of evaluation; 0 = greedy."""
     eval_top_p: float = 1.0
     """Nucleus of evaluation."""
-    save_every: int = 500
-    """Steps between checkpoints; the last two are kept."""
-    out: str = ""
-    """Folder of the run; runs/<script>-<preset> when not given."""
-    seed: int = 42
-    """Of data order, rollouts and adapters."""
-    resume: bool = False
-    """Continue from the newest checkpoint in --out, or in the middle of the collection; start when there is neither."""
-    overwrite: bool = False
-    """Delete the run that --out holds."""
-    dry_run: bool = False
-    """Check everything, print the plan and what the model reads, and stop before it loads."""
-    timeout: float = 30.0
-    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
-    keep_going: bool = False
-    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
-    wandb_project: str = ""
-    """Also log to this Weights & Biases project."""
+
+
+@dataclass
+class Args(RunArgs, Algorithm):
+    """These flags, and behind them those of every script: the machine and the run."""
 
 
 # Appendix C, tables 3-6. It prints no batch size, warm-up, weight decay or evaluation temperature: 4, .05 of the steps (150 of 3000),

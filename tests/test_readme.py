@@ -56,4 +56,4 @@ def test_flags_are_read_and_documented():
         script = (ROOT / f"{name}.py").read_text()
         for field in dataclasses.fields(importlib.import_module(name).Args):
             assert re.search(rf"args(_type\(\))?\.{field.name}\b", script + source) or f'"{field.name}"' in source + script, field.name
-            assert re.search(rf'^    {field.name}: .*\n(?:.*\n)?    """(?s:.{{6,400}}?)"""', script, re.M), field.name
+            assert re.search(rf'^    {field.name}: .*\n(?:.*\n)?    """(?s:.{{6,400}}?)"""', script + source, re.M), field.name
