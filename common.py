@@ -879,6 +879,19 @@ def sciknoweval_row(raw: dict, suffix: str = "") -> dict | None:
     return {"prompt": messages, "answer": raw["answerKey"]}
 
 
+def competition_row(raw: dict) -> dict:
+    """A raw row of OpenR1-Math, DeepScaleR or codeforces-cots as SD-Zero's authors ask it, and what the verifier wants; others as they are."""
+    row, system = dict(raw), "You are a helpful assistant that solves {} problems step by step."
+    if "input_format" in raw:                                # codeforces-cots
+        row["prompt"] = [{"role": "system", "content": system.format("coding")}, {"role": "user", "content": raw["prompt"]}]
+        row["tests"] = {"inputs": [case["input"] for case in raw["examples"]], "outputs": [case["output"] for case in raw["examples"]], "testtype": "stdin"}
+    elif "problem" in raw and "prompt" not in raw:
+        question = f"{raw['problem']}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+        row["prompt"] = [{"role": "system", "content": system.format("math")}, {"role": "user", "content": question}]
+    row["prompt"] = as_messages(row["prompt"])
+    return row
+
+
 # SD-Zero's control phrases P_r, right and wrong: the paper's, and those of the authors' code for Qwen and for OLMo models.
 PHRASES = {"paper": ("Let me rephrase the above solution.", "Wait, this response is not correct, let me start over."),
            "qwen": ("Let me rephrase the above solution.", "Wait, this response is wrong. Let me correct it."),
@@ -920,6 +933,18 @@ def fit(ids: list[int], limit: int, flag: str, where: str, drop: bool) -> bool:
     if drop:
         return False
     raise InputError(f"{where}: {len(ids)} tokens, over {flag} {limit}; raise {flag} or add --drop-long to leave such rows out")
+
+
+def tokenize(rows: list[dict], tokenizer: Any, args: Any) -> list[dict]:
+    """The student's prompts as token ids, once; rows over the limit stop the run or, with --drop-long, are left out."""
+    kept = []
+    for row in rows:
+        row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
+        if fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], args.drop_long):
+            kept.append(row)
+    if not kept:
+        raise InputError(f"{args.data}: --drop-long left no row; raise --max-prompt-tokens")
+    return kept
 
 
 def step_rows(rows: list[dict], step: int, per_step: int, seed: int) -> list[dict]:
@@ -1390,6 +1415,19 @@ class TopK(NamedTuple):
 
 LOG_ZERO = -1e30                       # log 0, finite: 0 log 0 is 0, and an impossible token costs 1e30 p, not inf - inf
 BLOCK = {"cpu": 2**18, "cuda": 2**24}  # logits whose temporaries are alive at once: on CPU they never leave the cache
+
+
+def check_divergence(args: Any, vocabulary: int) -> None:
+    """Flags of a divergence that cannot mean what they say."""
+    if args.is_cap and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
+        raise InputError("--is-cap compares sampling and training distributions, so it needs --temperature equal to --loss-temperature, "
+                         "--top-p 1 and --top-k 0; or give --is-cap 0")
+    if args.support == "sampled" and args.divergence != "reverse_kl":
+        raise InputError(f"--support sampled is the policy gradient of the reverse KL; add --divergence reverse_kl (it is {args.divergence})")
+    if args.support.endswith("topk") and not 0 < args.topk <= vocabulary:
+        raise InputError(f"--topk {args.topk}: the vocabulary has {vocabulary} tokens; take fewer, or --support full")
+    if not 0 <= args.beta <= 1 or (args.divergence == "jsd" and args.beta in (0, 1)):
+        raise InputError(f"--beta {args.beta}: a share in [0, 1], for jsd without its ends, which are --divergence forward_kl and reverse_kl")
 
 
 def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, Head]] | TopK, y_N: Tensor, weight_N: Tensor, *,

@@ -38,10 +38,10 @@ import torch
 from torch import Tensor
 
 from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunArgs, RunError, Sampler, Support, Teacher, TopK, again,
-                    as_messages, barrier, batch_rows, begin, chat_ids, check_vocabularies, distill_loss, eos_ids_of, evaluate, explain, find,
-                    finish, fit, head_of, is_adapter, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer,
-                    load_verifier, make_optimizer, make_sampler, micro_batches, most_of_ranks, on_completions, optimizer_step, planned,
-                    read_jsonl, read_logps, save_checkpoint, start, step_rows, token_loss, token_stats)
+                    as_messages, barrier, batch_rows, begin, chat_ids, check_divergence, check_vocabularies, distill_loss, eos_ids_of, evaluate,
+                    explain, find, finish, fit, head_of, is_adapter, launch, learning_rate, load_checkpoint, load_evals, load_model, load_rows,
+                    load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches, most_of_ranks, on_completions, optimizer_step,
+                    planned, read_jsonl, read_logps, save_checkpoint, start, step_rows, token_loss, token_stats)
 
 
 @dataclass
@@ -306,6 +306,220 @@ def gkd_loss(h_ND: Tensor, head: Head, target: list | TopK, micro: list[Sample],
                         is_cap=args.is_cap)
 
 
+def ask(teacher: Teacher | Served, pairs: list[tuple[list[int], list[int]]], run: Run) -> list[TopK]:
+    """What the teacher says of each y: a server its top k, a local one, for the policy gradient, the tokens' log-probs."""
+    if isinstance(teacher, Served):
+        return teacher.targets(pairs)
+    told: list[Any] = [None] * len(pairs)
+    for micro in micro_batches(range(len(pairs)), lambda i: sum(map(len, pairs[i])), run.args.tokens_per_batch):
+        y_N = torch.tensor([token for i in micro for token in pairs[i][1]], device=run.device)
+        logp_N, _ = on_completions(teacher.model, [pairs[i] for i in micro], run.args,
+                                   lambda h_ND, head: token_stats(h_ND, head, y_N, temperature=run.args.loss_temperature))
+        for i, part in zip(micro, logp_N.split([len(pairs[i][1]) for i in micro])):
+            told[i] = TopK(y_N.new_zeros(len(part), 0), part.new_zeros(len(part), 0), part)
+    return told
+
+
+def consult(run: Run, teacher: Teacher | Served, questions: list[list[Sample]]) -> tuple[list[list[Sample]], str]:
+    """Every sample with what the teacher says of it, and ""; or, on all ranks when one of them has no good answer, what went wrong."""
+    args, problem, told = run.args, "", []
+    try:
+        told = ask(teacher, [(s.prompt, s.y) for group in questions for s in group], run)
+    except RunError as error:
+        problem = str(error)
+    if run.sum(failed=bool(problem))["failed"]:
+        return [], problem or "another process lost its teacher"
+    known = iter(told)
+    heard = [[s._replace(told=next(known)) for s in group] for group in questions]
+    if args.objective == "policy_gradient":
+        heard = [[s._replace(advantage=advantages(s.logps, s.told.logp_N.tolist(), args.coef, args.discount)) for s in group] for group in heard]
+    return heard, ""
+
+
+def stop_ids(source: str, tokenizer: Any) -> list[int]:
+    """The EOS tokens of a model folder or hub id, without its weights."""
+    from transformers import AutoConfig, GenerationConfig
+    config = AutoConfig.from_pretrained(find(source))
+    try:
+        generation = GenerationConfig.from_pretrained(find(source))
+    except OSError:                                          # a folder need not have one
+        generation = config
+    return sorted(eos_ids_of(tokenizer, SimpleNamespace(config=config, generation_config=generation)))
+
+
+def check_teacher(args: Args, tokenizer: Any) -> None:
+    """One vocabulary and one way to end, before weights are loaded."""
+    check_vocabularies(args.model, args.teacher)
+    if is_adapter(args.teacher) or args.allow_eos_mismatch:
+        return
+    ours, theirs = stop_ids(args.model, tokenizer), stop_ids(args.teacher, load_tokenizer(args.teacher, "--teacher"))
+    if ours != theirs:
+        raise InputError(f"--teacher {args.teacher} ends its answers with {tokenizer.batch_decode([[i] for i in theirs])}, --model {args.model} with "
+                         f"{tokenizer.batch_decode([[i] for i in ours])}; make their eos_token_id agree, or add --allow-eos-mismatch")
+
+
+def needs_teacher(args: Args) -> bool:
+    return args.objective != "sft" or (args.outputs == "teacher" and args.lmbda < 1)
+
+
+def check(args: Args, vocabulary: int, world: int) -> None:
+    """Combinations of flags that cannot mean what they say."""
+    policy, own = args.objective == "policy_gradient", args.lmbda > 0
+    if not 0 <= args.lmbda <= 1:
+        raise InputError(f"--lmbda {args.lmbda}: a share of the steps in [0, 1]")
+    if args.objective == "sft" and own:
+        raise InputError(f"--objective sft learns fixed outputs as hard targets; add --lmbda 0 (it is {args.lmbda})")
+    if args.lmbda < 1 and (policy or (args.objective == "divergence" and args.support == "sampled")):
+        raise InputError(f"the policy gradient needs tokens that the student sampled; add --lmbda 1 (it is {args.lmbda}), or take --objective "
+                         "divergence with another --support")
+    if args.lmbda == 1 and args.outputs == "teacher":
+        raise InputError("--outputs teacher with --lmbda 1: no step would learn from them; lower --lmbda")
+    if own and policy and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
+        raise InputError("--objective policy_gradient compares sampling and training distributions, so it needs --temperature equal to "
+                         "--loss-temperature, --top-p 1 and --top-k 0")
+    if args.is_cap < 0:
+        raise InputError(f"--is-cap {args.is_cap}: a largest ratio, 0 for no ratio or inf for no cap")
+    if not own and args.is_cap:
+        raise InputError("--is-cap with --lmbda 0: fixed outputs have no sampler to compare with; give --is-cap 0")
+    if not policy and (args.discount or args.coef != 1):
+        raise InputError(f"--discount and --coef belong to --objective policy_gradient (it is {args.objective})")
+    if not 0 <= args.discount <= 1:
+        raise InputError(f"--discount {args.discount}: from 0 (no credit to later tokens) to 1")
+    if args.objective == "sft" and args.loss_temperature != 1:
+        raise InputError("--loss-temperature divides the logits inside a divergence; --objective sft has none")
+    if args.objective == "divergence":
+        check_divergence(args, vocabulary)
+    if args.rollouts < 1:
+        raise InputError(f"--rollouts {args.rollouts}: at least one answer per prompt")
+    if args.mini_batch and (args.prompts_per_step % args.mini_batch or args.mini_batch % world):
+        raise InputError(f"--mini-batch {args.mini_batch}: it must divide --prompts-per-step {args.prompts_per_step} and be a multiple of the "
+                         f"{world} processes")
+    if needs_teacher(args) and not args.teacher_url and args.teacher in ("", "live", "base", "ema", "trust_region"):
+        raise InputError(f"--teacher {args.teacher or '(none)'}: expected another model's folder or hub id; both sides read the same, so the "
+                         "student would have nothing to learn from itself")
+    if args.teacher_url:
+        check_served(args)
+
+
+def main(args: Args) -> None:
+    # Whatever can be wrong without weights is found first.
+    tokenizer = load_tokenizer(args.model)
+    check(args, len(tokenizer), int(os.environ.get("WORLD_SIZE", 1)))
+    rows = load_rows(args.data, to_training_row)
+    train = tokenize(rows, tokenizer, args)
+    evals = load_evals(args.eval_data, to_row, tokenizer, args)
+    verify = load_verifier(args.verifier)
+    steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
+    served, told = Served(args, len(tokenizer)) if args.teacher_url else None, ""
+    if served:
+        told = served.greet(tokenizer, stop_ids(args.model, tokenizer), train[0]["prompt_ids"])
+    elif needs_teacher(args):
+        check_teacher(args, tokenizer)
+    run = start(args)
+    run.say(f"{args.objective}: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps of {args.prompts_per_step} prompts x "
+            f"{args.rollouts}, {sum(on_policy(args, step) for step in range(1, steps + 1))} of them on-policy, on {run.world} x {run.device.type}")
+    run.say(told) if told else None
+    if args.dry_run:
+        shown = "".join(f"\nfixed output: {tokenizer.decode(train[0]['output'])}" if train[0]["output"] else "")
+        return run.say(f"student and teacher read: {tokenizer.decode(train[0]['prompt_ids'])}{shown}\n"
+                       f"{planned(run, args.teacher if needs_teacher(args) and not served else '')}")
+
+    student = load_model(args.model, run, args.lora_rank, args.activation_checkpointing)
+    if served:
+        served.vocabulary = head_of(student).weight.shape[0]                        # a padded head may sample beyond the tokenizer
+    teacher = served or (Teacher(args.teacher, 0.0, student, run) if needs_teacher(args) else None)
+    sampler, early = make_sampler(tokenizer, student, run), served is not None or args.objective == "policy_gradient"
+    optimizer = make_optimizer(student, args)
+    done, score = load_checkpoint(run, student, None, optimizer)
+    run.rescue = lambda: save_checkpoint(run, run.done, student, None, optimizer, score)
+    fixed = fixed_outputs(train, steps, teacher, tokenizer, run) if args.lmbda < 1 else {}
+    begin(run, steps, done)
+    if not done:
+        run.log(0, evaluate(run, student, tokenizer, sampler, evals, verify, 0, score))
+
+    for step in range(done + 1, steps + 1):
+        rows, own = batch_rows(train, step, args.prompts_per_step, run, args.seed), on_policy(args, step)
+
+        # 1. Answer: in a share lambda of the steps y ~ student(.|x), from the weights about to be updated; in the others the fixed outputs.
+        with run.timer("generate"):
+            groups = [[fixed[row["id"]]] for row in rows] if not own else sampler(
+                student, [row["prompt_ids"] for row in rows], [row["id"] for row in rows], args.rollouts, (TRAIN_STREAM, step),
+                temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+        answers = [y for group in groups for y in group]
+        total = run.sum(answers=len(answers), length=sum(len(y.ids) for y in answers), cut=sum(not y.finished for y in answers))
+        if step == 1 and total["cut"] == total["answers"] and args.cut_off != "keep":
+            raise InputError(f"all {total['answers']:.0f} answers of step 1 were cut off at --max-completion-tokens {args.max_completion_tokens}; "
+                             "raise it, or accept them with --cut-off keep")
+        questions = [[Sample(row["prompt_ids"], y.ids, y.logps, None, []) for y in group if y.finished or args.cut_off != "drop"]
+                     for row, group in zip(rows, groups, strict=True)]
+
+        # 2. Ask: what must come from a server, or is a constant of the policy gradient, comes before any weight moves.
+        if early:
+            with run.timer("teacher"):
+                questions, problem = consult(run, teacher, questions)
+            if problem:
+                raise run.stranded(problem)
+
+        # 3. Learn, one optimiser step per mini-batch of prompts.
+        sums = dict.fromkeys(("loss", "divergence", "teacher_logp", "logp", "entropy", "mass_student", "mass_teacher", "ratio", "tokens"), 0.0)
+        grad_norm, lr, per_rank = 0.0, learning_rate(step, steps, args), (args.mini_batch or args.prompts_per_step) // run.world
+        for first in range(0, len(questions), per_rank):
+            samples = [s for group in questions[first:first + per_rank] for s in group]
+
+            # 3a. Count the answers and tokens of all ranks before any backward: the only denominators of this optimiser step.
+            n = run.sum(sequences=len(samples), tokens=sum(len(s.y) for s in samples))
+            if n["sequences"] == 0:                          # true on every rank at once, so none is left waiting
+                continue
+
+            # 3b. Distil: both sides score the same y after the same x; only the student has a gradient.
+            for m, micro in enumerate(micro_batches(samples, lambda s: len(s.prompt) + len(s.y), args.tokens_per_batch)):
+                pairs = [(s.prompt, s.y) for s in micro]
+                with run.timer("teacher"):
+                    target = (joined([s.told for s in micro], run) if early
+                              else teacher.targets(pairs) if args.objective == "divergence" else [])
+                with run.timer("student"):
+                    weight_N = torch.tensor([token_weight(len(s.y), n["sequences"], n["tokens"], args.average) for s in micro for _ in s.y],
+                                            device=run.device)
+                    loss, stats = on_completions(student, pairs, args, lambda h_ND, head: gkd_loss(h_ND, head, target, micro, weight_N, own, args))
+                    loss.backward()
+                sums["loss"] += loss.item()
+                sums["tokens"] += len(weight_N)
+                for name, values in stats.items():
+                    sums[name] += values.sum().item()
+                if own and first == 0:                       # before any of this batch's optimiser steps
+                    run.compare(stats["logp"], weight_N, micro)
+                if step == 1 and first == 0 and m == 0 and micro:
+                    explain(run, tokenizer, {"student and teacher read": micro[0].prompt}, micro[0].y, stats)
+
+            # 3c. Step. Gradients add up over ranks; 3a has divided.
+            with run.timer("optim"):
+                grad_norm = optimizer_step(optimizer, lr, run)
+        run.done = step                                      # the step that the weights have behind them
+
+        # 4. Report what was optimised; evaluate; save.
+        mean = run.sum(**sums)
+        tokens = max(mean["tokens"], 1)
+        metrics = {"train/loss": mean["loss"], "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": total["length"],
+                   "distill/tokens": mean["tokens"], "distill/on_policy": float(own), "rollout/entropy": mean["entropy"] / tokens,
+                   "rollout/length": total["length"] / total["answers"], "rollout/cut_frac": total["cut"] / total["answers"]}
+        if args.objective != "sft":
+            metrics |= {"distill/divergence": mean["divergence"] / tokens, "distill/is_ratio_mean": mean["ratio"] / tokens}
+        if args.objective == "divergence":
+            metrics |= {"distill/topk_mass_student": mean["mass_student"] / tokens, "distill/topk_mass_teacher": mean["mass_teacher"] / tokens}
+        if step % args.eval_every == 0 or step == steps:
+            metrics |= evaluate(run, student, tokenizer, sampler, evals, verify, step, score)
+        run.log(step, metrics)
+        stop = run.stop_requested()
+        if step % args.save_every == 0 or step == steps or stop:
+            save_checkpoint(run, step, student, None, optimizer, score)
+        if stop:
+            return run.say(f"stopped after step {step}; go on with: {again()}")
+
+    finish(run, student, tokenizer, score)
+
+
+# The served teacher: a client of vLLM's completions that believes nothing it has not checked.
+
 class Refused(RunError):
     """The server answered, and not with what was asked: status 4xx or 3xx."""
 
@@ -431,107 +645,6 @@ def read_all(asked: urllib.request.Request, timeout: float) -> bytes:
     return b"".join(parts)
 
 
-def ask(teacher: Teacher | Served, pairs: list[tuple[list[int], list[int]]], run: Run) -> list[TopK]:
-    """What the teacher says of each y: a server its top k, a local one, for the policy gradient, the tokens' log-probs."""
-    if isinstance(teacher, Served):
-        return teacher.targets(pairs)
-    told: list[Any] = [None] * len(pairs)
-    for micro in micro_batches(range(len(pairs)), lambda i: sum(map(len, pairs[i])), run.args.tokens_per_batch):
-        y_N = torch.tensor([token for i in micro for token in pairs[i][1]], device=run.device)
-        logp_N, _ = on_completions(teacher.model, [pairs[i] for i in micro], run.args,
-                                   lambda h_ND, head: token_stats(h_ND, head, y_N, temperature=run.args.loss_temperature))
-        for i, part in zip(micro, logp_N.split([len(pairs[i][1]) for i in micro])):
-            told[i] = TopK(y_N.new_zeros(len(part), 0), part.new_zeros(len(part), 0), part)
-    return told
-
-
-def consult(run: Run, teacher: Teacher | Served, questions: list[list[Sample]]) -> tuple[list[list[Sample]], str]:
-    """Every sample with what the teacher says of it, and ""; or, on all ranks when one of them has no good answer, what went wrong."""
-    args, problem, told = run.args, "", []
-    try:
-        told = ask(teacher, [(s.prompt, s.y) for group in questions for s in group], run)
-    except RunError as error:
-        problem = str(error)
-    if run.sum(failed=bool(problem))["failed"]:
-        return [], problem or "another process lost its teacher"
-    known = iter(told)
-    heard = [[s._replace(told=next(known)) for s in group] for group in questions]
-    if args.objective == "policy_gradient":
-        heard = [[s._replace(advantage=advantages(s.logps, s.told.logp_N.tolist(), args.coef, args.discount)) for s in group] for group in heard]
-    return heard, ""
-
-
-def stop_ids(source: str, tokenizer: Any) -> list[int]:
-    """The EOS tokens of a model folder or hub id, without its weights."""
-    from transformers import AutoConfig, GenerationConfig
-    config = AutoConfig.from_pretrained(find(source))
-    try:
-        generation = GenerationConfig.from_pretrained(find(source))
-    except OSError:                                          # a folder need not have one
-        generation = config
-    return sorted(eos_ids_of(tokenizer, SimpleNamespace(config=config, generation_config=generation)))
-
-
-def check_teacher(args: Args, tokenizer: Any) -> None:
-    """One vocabulary and one way to end, before weights are loaded."""
-    check_vocabularies(args.model, args.teacher)
-    if is_adapter(args.teacher) or args.allow_eos_mismatch:
-        return
-    ours, theirs = stop_ids(args.model, tokenizer), stop_ids(args.teacher, load_tokenizer(args.teacher, "--teacher"))
-    if ours != theirs:
-        raise InputError(f"--teacher {args.teacher} ends its answers with {tokenizer.batch_decode([[i] for i in theirs])}, --model {args.model} with "
-                         f"{tokenizer.batch_decode([[i] for i in ours])}; make their eos_token_id agree, or add --allow-eos-mismatch")
-
-
-def needs_teacher(args: Args) -> bool:
-    return args.objective != "sft" or (args.outputs == "teacher" and args.lmbda < 1)
-
-
-def check(args: Args, vocabulary: int, world: int) -> None:
-    """Combinations of flags that cannot mean what they say."""
-    policy, own = args.objective == "policy_gradient", args.lmbda > 0
-    if not 0 <= args.lmbda <= 1:
-        raise InputError(f"--lmbda {args.lmbda}: a share of the steps in [0, 1]")
-    if args.objective == "sft" and own:
-        raise InputError(f"--objective sft learns fixed outputs as hard targets; add --lmbda 0 (it is {args.lmbda})")
-    if args.lmbda < 1 and (policy or (args.objective == "divergence" and args.support == "sampled")):
-        raise InputError(f"the policy gradient needs tokens that the student sampled; add --lmbda 1 (it is {args.lmbda}), or take --objective "
-                         "divergence with another --support")
-    if args.lmbda == 1 and args.outputs == "teacher":
-        raise InputError("--outputs teacher with --lmbda 1: no step would learn from them; lower --lmbda")
-    if own and (args.is_cap or policy) and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
-        raise InputError("--is-cap and the policy gradient compare sampling and training distributions, so they need --temperature equal to "
-                         "--loss-temperature, --top-p 1 and --top-k 0; or, for a divergence, give --is-cap 0")
-    if args.is_cap < 0:
-        raise InputError(f"--is-cap {args.is_cap}: a largest ratio, 0 for no ratio or inf for no cap")
-    if not own and args.is_cap:
-        raise InputError("--is-cap with --lmbda 0: fixed outputs have no sampler to compare with; give --is-cap 0")
-    if not policy and (args.discount or args.coef != 1):
-        raise InputError(f"--discount and --coef belong to --objective policy_gradient (it is {args.objective})")
-    if not 0 <= args.discount <= 1:
-        raise InputError(f"--discount {args.discount}: from 0 (no credit to later tokens) to 1")
-    if args.objective == "sft" and args.loss_temperature != 1:
-        raise InputError("--loss-temperature divides the logits inside a divergence; --objective sft has none")
-    if args.objective == "divergence" and args.support == "sampled" and args.divergence != "reverse_kl":
-        raise InputError(f"--support sampled is the policy gradient of the reverse KL; add --divergence reverse_kl (it is {args.divergence})")
-    if args.support.endswith("topk") and not 0 < args.topk <= vocabulary:
-        raise InputError(f"--topk {args.topk}: the vocabulary has {vocabulary} tokens; take fewer, or --support full")
-    if args.divergence == "jsd" and not 0 < args.beta < 1:
-        raise InputError(f"--beta {args.beta}: jsd needs 0 < beta < 1; its ends are --divergence forward_kl and reverse_kl")
-    if not 0 <= args.beta <= 1:
-        raise InputError(f"--beta {args.beta}: a share in [0, 1]")
-    if args.rollouts < 1:
-        raise InputError(f"--rollouts {args.rollouts}: at least one answer per prompt")
-    if args.mini_batch and (args.prompts_per_step % args.mini_batch or args.mini_batch % world):
-        raise InputError(f"--mini-batch {args.mini_batch}: it must divide --prompts-per-step {args.prompts_per_step} and be a multiple of the "
-                         f"{world} processes")
-    if needs_teacher(args) and not args.teacher_url and args.teacher in ("", "live", "base", "ema", "trust_region"):
-        raise InputError(f"--teacher {args.teacher or '(none)'}: expected another model's folder or hub id; both sides read the same, so the "
-                         "student would have nothing to learn from itself")
-    if args.teacher_url:
-        check_served(args)
-
-
 def check_served(args: Args) -> None:
     """What a server cannot give."""
     if not args.teacher_url.startswith(("http://", "https://")):
@@ -547,123 +660,6 @@ def check_served(args: Args) -> None:
                          "take 1, or --teacher PATH")
     if args.teacher_requests < 1 or args.teacher_retries < 0 or args.teacher_timeout <= 0:
         raise InputError("--teacher-requests at least 1, --teacher-retries at least 0, --teacher-timeout above 0")
-
-
-def main(args: Args) -> None:
-    # Whatever can be wrong without weights is found first.
-    tokenizer = load_tokenizer(args.model)
-    check(args, len(tokenizer), int(os.environ.get("WORLD_SIZE", 1)))
-    rows = load_rows(args.data, to_training_row)
-    train = tokenize(rows, tokenizer, args)
-    evals = load_evals(args.eval_data, to_row, tokenizer, args)
-    verify = load_verifier(args.verifier)
-    steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
-    served, told = Served(args, len(tokenizer)) if args.teacher_url else None, ""
-    if served:
-        told = served.greet(tokenizer, stop_ids(args.model, tokenizer), train[0]["prompt_ids"])
-    elif needs_teacher(args):
-        check_teacher(args, tokenizer)
-    run = start(args)
-    run.say(f"{args.objective}: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps of {args.prompts_per_step} prompts x "
-            f"{args.rollouts}, {sum(on_policy(args, step) for step in range(1, steps + 1))} of them on-policy, on {run.world} x {run.device.type}")
-    run.say(told) if told else None
-    if args.dry_run:
-        shown = "".join(f"\nfixed output: {tokenizer.decode(train[0]['output'])}" if train[0]["output"] else "")
-        return run.say(f"student and teacher read: {tokenizer.decode(train[0]['prompt_ids'])}{shown}\n"
-                       f"{planned(run, args.teacher if needs_teacher(args) and not served else '')}")
-
-    student = load_model(args.model, run, args.lora_rank, args.activation_checkpointing)
-    if served:
-        served.vocabulary = head_of(student).weight.shape[0]                        # a padded head may sample beyond the tokenizer
-    teacher = served or (Teacher(args.teacher, 0.0, student, run) if needs_teacher(args) else None)
-    sampler, early = make_sampler(tokenizer, student, run), served is not None or args.objective == "policy_gradient"
-    optimizer = make_optimizer(student, args)
-    done, score = load_checkpoint(run, student, None, optimizer)
-    run.rescue = lambda: save_checkpoint(run, run.done, student, None, optimizer, score)
-    fixed = fixed_outputs(train, steps, teacher, tokenizer, run) if args.lmbda < 1 else {}
-    begin(run, steps, done)
-    if not done:
-        run.log(0, evaluate(run, student, tokenizer, sampler, evals, verify, 0, score))
-
-    for step in range(done + 1, steps + 1):
-        rows, own = batch_rows(train, step, args.prompts_per_step, run, args.seed), on_policy(args, step)
-
-        # 1. Answer: in a share lambda of the steps y ~ student(.|x), from the weights about to be updated; in the others the fixed outputs.
-        with run.timer("generate"):
-            groups = [[fixed[row["id"]]] for row in rows] if not own else sampler(
-                student, [row["prompt_ids"] for row in rows], [row["id"] for row in rows], args.rollouts, (TRAIN_STREAM, step),
-                temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
-        answers = [y for group in groups for y in group]
-        total = run.sum(answers=len(answers), length=sum(len(y.ids) for y in answers), cut=sum(not y.finished for y in answers))
-        if step == 1 and total["cut"] == total["answers"] and args.cut_off != "keep":
-            raise InputError(f"all {total['answers']:.0f} answers of step 1 were cut off at --max-completion-tokens {args.max_completion_tokens}; "
-                             "raise it, or accept them with --cut-off keep")
-        questions = [[Sample(row["prompt_ids"], y.ids, y.logps, None, []) for y in group if y.finished or args.cut_off != "drop"]
-                     for row, group in zip(rows, groups, strict=True)]
-
-        # 2. Ask: what must come from a server, or is a constant of the policy gradient, comes before any weight moves.
-        if early:
-            with run.timer("teacher"):
-                questions, problem = consult(run, teacher, questions)
-            if problem:
-                raise run.stranded(problem)
-
-        # 3. Learn, one optimiser step per mini-batch of prompts.
-        sums = dict.fromkeys(("loss", "divergence", "teacher_logp", "logp", "entropy", "mass_student", "mass_teacher", "ratio", "tokens"), 0.0)
-        grad_norm, lr, per_rank = 0.0, learning_rate(step, steps, args), (args.mini_batch or args.prompts_per_step) // run.world
-        for first in range(0, len(questions), per_rank):
-            samples = [s for group in questions[first:first + per_rank] for s in group]
-
-            # 3a. Count the answers and tokens of all ranks before any backward: the only denominators of this optimiser step.
-            n = run.sum(sequences=len(samples), tokens=sum(len(s.y) for s in samples))
-            if n["sequences"] == 0:                          # true on every rank at once, so none is left waiting
-                continue
-
-            # 3b. Distil: both sides score the same y after the same x; only the student has a gradient.
-            for m, micro in enumerate(micro_batches(samples, lambda s: len(s.prompt) + len(s.y), args.tokens_per_batch)):
-                pairs = [(s.prompt, s.y) for s in micro]
-                with run.timer("teacher"):
-                    target = (joined([s.told for s in micro], run) if early
-                              else teacher.targets(pairs) if args.objective == "divergence" else [])
-                with run.timer("student"):
-                    weight_N = torch.tensor([token_weight(len(s.y), n["sequences"], n["tokens"], args.average) for s in micro for _ in s.y],
-                                            device=run.device)
-                    loss, stats = on_completions(student, pairs, args, lambda h_ND, head: gkd_loss(h_ND, head, target, micro, weight_N, own, args))
-                    loss.backward()
-                sums["loss"] += loss.item()
-                sums["tokens"] += len(weight_N)
-                for name, values in stats.items():
-                    sums[name] += values.sum().item()
-                if own and first == 0:                       # before any of this batch's optimiser steps
-                    run.compare(stats["logp"], weight_N, micro)
-                if step == 1 and first == 0 and m == 0 and micro:
-                    explain(run, tokenizer, {"student and teacher read": micro[0].prompt}, micro[0].y, stats)
-
-            # 3c. Step. Gradients add up over ranks; 3a has divided.
-            with run.timer("optim"):
-                grad_norm = optimizer_step(optimizer, lr, run)
-        run.done = step                                      # the step that the weights have behind them
-
-        # 4. Report what was optimised; evaluate; save.
-        mean = run.sum(**sums)
-        tokens = max(mean["tokens"], 1)
-        metrics = {"train/loss": mean["loss"], "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": total["length"],
-                   "distill/tokens": mean["tokens"], "distill/on_policy": float(own), "rollout/entropy": mean["entropy"] / tokens,
-                   "rollout/length": total["length"] / total["answers"], "rollout/cut_frac": total["cut"] / total["answers"]}
-        if args.objective != "sft":
-            metrics |= {"distill/divergence": mean["divergence"] / tokens, "distill/is_ratio_mean": mean["ratio"] / tokens}
-        if args.objective == "divergence":
-            metrics |= {"distill/topk_mass_student": mean["mass_student"] / tokens, "distill/topk_mass_teacher": mean["mass_teacher"] / tokens}
-        if step % args.eval_every == 0 or step == steps:
-            metrics |= evaluate(run, student, tokenizer, sampler, evals, verify, step, score)
-        run.log(step, metrics)
-        stop = run.stop_requested()
-        if step % args.save_every == 0 or step == steps or stop:
-            save_checkpoint(run, step, student, None, optimizer, score)
-        if stop:
-            return run.say(f"stopped after step {step}; go on with: {again()}")
-
-    finish(run, student, tokenizer, score)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, RunArgs, Support, Teacher, again, as_messages, batch_rows, begin,
-                    chat_ids, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint, load_evals, load_model,
-                    load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches, most_uncertain, on_completions,
-                    optimizer_step, planned, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
+                    chat_ids, check_divergence, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint,
+                    load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches, most_uncertain,
+                    on_completions, optimizer_step, planned, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
 
 
 @dataclass
@@ -160,7 +160,6 @@ PRESETS: dict[str, dict] = {
 
 
 class Sample(NamedTuple):
-    row: dict
     prompt: list[int]                                        # what the student reads
     context: list[int]                                       # what the teacher reads
     y: list[int]                                             # what both score
@@ -256,17 +255,10 @@ def sdft_loss(h_ND: Tensor, head: Head, targets: list, micro: list[Sample], weig
 
 def check(args: Args, vocabulary: int) -> None:
     """Combinations of flags that cannot mean what they say."""
-    if args.method == "sdft" and args.is_cap and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
-        raise InputError("--is-cap compares sampling and training distributions, so it needs --temperature equal to --loss-temperature, "
-                         "--top-p 1 and --top-k 0; or give --is-cap 0")
+    if args.method == "sdft":
+        check_divergence(args, vocabulary)
     if args.is_cap and args.generate_from == "teacher":
         raise InputError("--generate-from teacher learns from the teacher's answers, where the ratio has no meaning; add --is-cap 0")
-    if args.support == "sampled" and args.divergence != "reverse_kl":
-        raise InputError(f"--support sampled is the policy gradient of the reverse KL; add --divergence reverse_kl (it is {args.divergence})")
-    if args.support.endswith("topk") and not 0 < args.topk <= vocabulary:
-        raise InputError(f"--topk {args.topk}: the vocabulary has {vocabulary} tokens; take fewer, or --support full")
-    if args.divergence == "jsd" and not 0 < args.beta < 1:
-        raise InputError(f"--beta {args.beta}: jsd needs 0 < beta < 1; its ends are --divergence forward_kl and reverse_kl")
     if not 0 <= args.entropy_quantile <= 1:
         raise InputError(f"--entropy-quantile {args.entropy_quantile}: a share of the tokens in (0, 1], or 0 for all of them")
     if not 0 <= args.ema_rate <= 1:
@@ -315,7 +307,7 @@ def main(args: Args) -> None:
         answers = [(row, y) for row, group in zip(rows, groups, strict=True) for y in group]
 
         # 2. Show the teacher the demonstration: its context c stands where the student's prompt stood.
-        samples = [Sample(row, row["prompt_ids"], row["teacher_ids"] if teacher else [], y.ids, y.logps, [t >= skip for t in range(len(y.ids))])
+        samples = [Sample(row["prompt_ids"], row["teacher_ids"] if teacher else [], y.ids, y.logps, [t >= skip for t in range(len(y.ids))])
                    for row, y in answers if len(y.ids) > skip and (y.finished or args.cut_off != "drop")]
 
         if args.entropy_quantile:

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from common import (SOLVED, TEACHER_STREAM, TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, Run, RunArgs, Sampler, Support, Teacher,
-                    again, as_messages, begin, chat_ids, distill_loss, evaluate, explain, fill, finish, fit, grade, launch, learning_rate,
-                    livecodebench_row, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer,
-                    make_sampler, micro_batches, most_uncertain, on_completions, optimizer_step, planned, save_checkpoint, sciknoweval_row, start,
-                    step_rows, token_loss, token_stats)
+                    again, as_messages, begin, chat_ids, check_divergence, distill_loss, evaluate, explain, fill, finish, grade, launch,
+                    learning_rate, livecodebench_row, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier,
+                    make_optimizer, make_sampler, micro_batches, most_uncertain, on_completions, optimizer_step, planned, save_checkpoint,
+                    sciknoweval_row, start, step_rows, token_loss, token_stats, tokenize)
 
 
 @dataclass
@@ -219,18 +219,6 @@ def to_row(raw: dict, train: bool = False) -> dict | None:
     return row
 
 
-def tokenize(rows: list[dict], tokenizer: Any, args: Args) -> list[dict]:
-    """The student's prompts as token ids, once; rows over the limit stop the run or, with --drop-long, are left out."""
-    kept = []
-    for row in rows:
-        row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
-        if fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], args.drop_long):
-            kept.append(row)
-    if not kept:
-        raise InputError(f"{args.data}: --drop-long left no row; raise --max-prompt-tokens")
-    return kept
-
-
 def attempt(run: Run, student: torch.nn.Module, sampler: Sampler, rows: list[dict], step: int, args: Args) -> tuple[list[tuple[int, int]], list[Rollout]]:
     """y_1..y_G ~ student(.|x) for each question, shared out over the processes: this one's (question, attempt) pairs, and their y."""
     mine = [(q, i) for q in range(len(rows)) for i in range(args.rollouts)][run.rank::run.world]
@@ -380,9 +368,7 @@ def multi_turn_ids(row: dict, history: list[str], tokenizer: Any, args: Args) ->
 
 def check(args: Args, vocabulary: int) -> None:
     """Combinations of flags that cannot mean what they say."""
-    if args.is_cap and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
-        raise InputError("--is-cap compares sampling and training distributions, so it needs --temperature equal to --loss-temperature, "
-                         "--top-p 1 and --top-k 0; or give --is-cap 0")
+    check_divergence(args, vocabulary)
     if args.policy_weight and (args.temperature != 1 or args.top_p < 1 or args.top_k):
         raise InputError("--policy-weight: GRPO compares the sampling distribution with the student's own, so it needs --temperature 1, --top-p 1 "
                          "and --top-k 0; or give --policy-weight 0")
@@ -391,12 +377,6 @@ def check(args: Args, vocabulary: int) -> None:
                          "take 2 or more, or feedback alone (--feedback-when no_solution --policy-weight 0)")
     if args.solution_from == "none" and args.feedback_when == "never" and args.policy_weight < 1:
         raise InputError("--solution-from none with --feedback-when never leaves the teacher nothing to read; drop one of them")
-    if args.support == "sampled" and args.divergence != "reverse_kl":
-        raise InputError(f"--support sampled is the policy gradient of the reverse KL; add --divergence reverse_kl (it is {args.divergence})")
-    if args.support.endswith("topk") and not 0 < args.topk <= vocabulary:
-        raise InputError(f"--topk {args.topk}: the vocabulary has {vocabulary} tokens; take fewer, or --support full")
-    if args.divergence == "jsd" and not 0 < args.beta < 1:
-        raise InputError(f"--beta {args.beta}: jsd needs 0 < beta < 1; its ends are --divergence forward_kl and reverse_kl")
     for name in ("ema_rate", "policy_weight", "entropy_quantile"):
         if not 0 <= getattr(args, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: a share in [0, 1]")

@@ -25,10 +25,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Reviser, RunArgs, Support, Teacher, again, as_messages,
-                    batch_rows, begin, chat_ids, distill_loss, evaluate, evaluate_revision, explain, find, finish, fit, grade, launch,
+from common import (PHRASES, SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Reviser, RunArgs, Support, Teacher, again, batch_rows,
+                    begin, check_divergence, competition_row, distill_loss, evaluate, evaluate_revision, explain, find, finish, grade, launch,
                     learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer,
-                    make_sampler, micro_batches, on_completions, optimizer_step, planned, question_key, save_checkpoint, start, without_eos)
+                    make_sampler, micro_batches, on_completions, optimizer_step, planned, question_key, save_checkpoint, start, tokenize,
+                    without_eos)
 
 
 @dataclass
@@ -149,35 +150,11 @@ PRESETS: dict[str, dict] = {
 
 
 class Sample(NamedTuple):
-    row: dict
     prompt: list[int]                                        # x: what the student reads
     context: list[int]                                       # x, y, P_r: what the reviser reads
     y: list[int]                                             # what both score; the reviser's second copy
     logps: list[float]                                       # of y under the sampler
     solved: bool                                             # the verdict r
-
-
-def to_row(raw: dict) -> dict:
-    """One data set's columns as ours: prompt, and what the verifier wants."""
-    row = dict(raw)
-    if "input_format" in raw:                                # codeforces-cots
-        row |= {"prompt": code_messages(raw["prompt"]), "tests": {
-            "inputs": [case["input"] for case in raw["examples"]], "outputs": [case["output"] for case in raw["examples"]], "testtype": "stdin"}}
-    elif "problem" in raw and "prompt" not in raw:           # OpenR1-Math, DeepScaleR
-        row["prompt"] = math_messages(raw["problem"])
-    row["prompt"] = as_messages(row["prompt"])
-    return row
-
-
-def math_messages(problem: str) -> list[dict]:
-    """The prompt of the authors' collection."""
-    return [{"role": "system", "content": "You are a helpful assistant that solves math problems step by step."},
-            {"role": "user", "content": f"{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."}]
-
-
-def code_messages(problem: str) -> list[dict]:
-    return [{"role": "system", "content": "You are a helpful assistant that solves coding problems step by step."},
-            {"role": "user", "content": problem}]
 
 
 def read_reviser(args: Args) -> Reviser:
@@ -196,18 +173,13 @@ def read_reviser(args: Args) -> Reviser:
     return reviser
 
 
-def tokenize(rows: list[dict], tokenizer: Any, reviser: Reviser, args: Args) -> list[dict]:
-    """N2: the questions that phase 1 did not use, prompts as token ids; rows over the limit stop the run or, with --drop-long, are left out."""
-    kept, used = [], set(reviser.questions)
-    for row in rows:
-        row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
-        if (question_key(row["prompt"]) not in used
-                and fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], args.drop_long)):
-            kept.append(row)
-    if not kept:
-        raise InputError(f"{args.data}: no row is left without those of phase 1 and those that are too long; give more data, or collect with fewer "
-                         "--questions in srt.py")
-    return kept[:args.questions or None]
+def unused(rows: list[dict], reviser: Reviser, args: Args) -> list[dict]:
+    """The questions that phase 1 did not use."""
+    used = set(reviser.questions)
+    left = [row for row in rows if question_key(row["prompt"]) not in used]
+    if not left:
+        raise InputError(f"{args.data}: all {len(rows)} questions belong to phase 1; give more data, or collect with fewer --questions in srt.py")
+    return left
 
 
 def sdzero_loss(h_ND: Tensor, head: Head, targets: list, micro: list[Sample], weight_N: Tensor, args: Args) -> tuple[Tensor, dict]:
@@ -218,29 +190,16 @@ def sdzero_loss(h_ND: Tensor, head: Head, targets: list, micro: list[Sample], we
                         tail=args.tail, temperature=args.loss_temperature, behaviour_logp_N=behaviour_N, is_cap=args.is_cap)
 
 
-def check(args: Args, vocabulary: int) -> None:
-    """Combinations of flags that cannot mean what they say."""
-    if args.is_cap and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
-        raise InputError("--is-cap compares sampling and training distributions, so it needs --temperature equal to --loss-temperature, "
-                         "--top-p 1 and --top-k 0; or give --is-cap 0")
-    if args.support == "sampled" and args.divergence != "reverse_kl":
-        raise InputError(f"--support sampled is the policy gradient of the reverse KL; add --divergence reverse_kl (it is {args.divergence})")
-    if args.support.endswith("topk") and not 0 < args.topk <= vocabulary:
-        raise InputError(f"--topk {args.topk}: the vocabulary has {vocabulary} tokens; take fewer, or --support full")
-    if not 0 <= args.beta <= 1 or (args.divergence == "jsd" and args.beta in (0, 1)):
-        raise InputError(f"--beta {args.beta}: a share in [0, 1], for jsd without its ends, which are --divergence forward_kl and reverse_kl")
-
-
 def main(args: Args) -> None:
     # Whatever can be wrong without weights is found first.
     if not args.model:
         raise InputError("no --model given; it takes the folder that srt.py saved, such as runs/srt-math/last")
     reviser = read_reviser(args)
     tokenizer = load_tokenizer(args.model)
-    check(args, len(tokenizer))
-    rows = load_rows(args.data, to_row)
-    train = tokenize(rows, tokenizer, reviser, args)
-    evals = load_evals(args.eval_data, to_row, tokenizer, args)
+    check_divergence(args, len(tokenizer))
+    rows = load_rows(args.data, competition_row)
+    train = tokenize(unused(rows, reviser, args), tokenizer, args)[:args.questions or None]
+    evals = load_evals(args.eval_data, competition_row, tokenizer, args)
     verify = load_verifier(args.verifier)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
     run = start(args)
@@ -285,7 +244,7 @@ def main(args: Args) -> None:
             if len(context) + len(y.ids) > args.max_teacher_tokens:
                 long += 1
             elif y.finished or args.cut_off != "drop":
-                samples.append(Sample(row, row["prompt_ids"], context, y.ids, y.logps, r))
+                samples.append(Sample(row["prompt_ids"], context, y.ids, y.logps, r))
 
         # 4. Count the answers and tokens of all ranks before any backward: the only denominators of this step.
         n = run.sum(answers=len(answers), length=sum(len(y.ids) for _, y in answers), cut=sum(not y.finished for _, y in answers), long=long,

@@ -28,11 +28,11 @@ from typing import Any, Callable, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, RunArgs, Sampler, again, append_jsonl, as_messages,
-                    barrier, batch_rows, begin, chat_ids, epoch_order, evaluate, evaluate_revision, explain, finish, fit, grade, launch,
-                    learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer,
-                    make_sampler, micro_batches, on_completions, optimizer_step, planned, question_key, read_jsonl, remove, save_checkpoint,
-                    start, token_loss, without_eos)
+from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, RunArgs, Sampler, again, append_jsonl, barrier,
+                    batch_rows, begin, competition_row, epoch_order, evaluate, evaluate_revision, explain, finish, grade, launch, learning_rate,
+                    load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler,
+                    micro_batches, on_completions, optimizer_step, planned, question_key, read_jsonl, remove, save_checkpoint, start, token_loss,
+                    tokenize, without_eos)
 
 
 @dataclass
@@ -163,41 +163,6 @@ class Sample(NamedTuple):
     prompt: list[int]                                        # x
     y: list[int]                                             # y0, P_r, y1 end to end; rft: y0
     revised: int                                             # where y1 begins in y
-
-
-def to_row(raw: dict) -> dict:
-    """One data set's columns as ours: prompt, and what the verifier wants."""
-    row = dict(raw)
-    if "correctness_math_verify" in raw:                     # OpenR1-Math
-        row["prompt"] = math_messages(raw["problem"])
-    elif "input_format" in raw:                              # codeforces-cots
-        row |= {"prompt": code_messages(raw["prompt"]), "tests": {
-            "inputs": [case["input"] for case in raw["examples"]], "outputs": [case["output"] for case in raw["examples"]], "testtype": "stdin"}}
-    row["prompt"] = as_messages(row["prompt"])
-    return row
-
-
-def math_messages(problem: str) -> list[dict]:
-    """The prompt of the authors' collection."""
-    return [{"role": "system", "content": "You are a helpful assistant that solves math problems step by step."},
-            {"role": "user", "content": f"{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."}]
-
-
-def code_messages(problem: str) -> list[dict]:
-    return [{"role": "system", "content": "You are a helpful assistant that solves coding problems step by step."},
-            {"role": "user", "content": problem}]
-
-
-def tokenize(rows: list[dict], tokenizer: Any, args: Args) -> list[dict]:
-    """The prompts as token ids, once; rows over the limit stop the run or, with --drop-long, are left out."""
-    kept = []
-    for row in rows:
-        row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
-        if fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], args.drop_long):
-            kept.append(row)
-    if not kept:
-        raise InputError(f"{args.data}: --drop-long left no row; raise --max-prompt-tokens")
-    return kept
 
 
 def collect(run: Run, student: torch.nn.Module, sampler: Sampler, rows: list[dict], tokenizer: Any, verify: Callable, reviser: Reviser,
@@ -367,10 +332,10 @@ def main(args: Args) -> None:
     # Whatever can be wrong without weights is found first.
     check(args)
     tokenizer = load_tokenizer(args.model)
-    rows = [] if args.train_only else load_rows(args.data, to_row)
+    rows = [] if args.train_only else load_rows(args.data, competition_row)
     train = tokenize(rows, tokenizer, args) if rows else []
     chosen = [train[i] for i in epoch_order(len(train), args.seed, 0)[:args.questions or None]]
-    evals = load_evals(args.eval_data, to_row, tokenizer, args)
+    evals = load_evals(args.eval_data, competition_row, tokenizer, args)
     verify = load_verifier(args.verifier)
     reviser = Reviser(*PHRASES[args.phrases], args.separator, args.student_chat_kwargs, [])
     run = start(args, even=False)

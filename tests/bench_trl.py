@@ -326,7 +326,7 @@ def check(folder: Path, name: str) -> dict:
     targets = common.Teacher(str(source) if script == "distill" else "base", 0.0, student, run).targets([(c, y) for _, c, y in taught])
     weight_N, nothing = torch.tensor(sum(weights, [])), [0.0] * 64
     form = {"sdpo": lambda x, c, y: module.Sample(0, x, c, y, nothing[:len(y)], [True] * len(y), 0.0),
-            "sdft": lambda x, c, y: module.Sample({}, x, c, y, nothing[:len(y)], [True] * len(y)),
+            "sdft": lambda x, c, y: module.Sample(x, c, y, nothing[:len(y)], [True] * len(y)),
             "distill": lambda x, c, y: module.Sample(x, y, nothing[:len(y)], None, [])}[script]
     micro = [form(*triple) for triple in taught]
     score = {"sdpo": lambda h, head: module.sdpo_loss(h, head, targets, [], micro, weight_N, total, args),

@@ -318,11 +318,11 @@ def test_sft_on_completions_loads_no_teacher(tiny, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     ("--lmbda 1.5", "--lmbda 1.5: a share"), ("--objective sft", "add --lmbda 0 .it is 1.0"), ("--objective policy_gradient --lmbda 0.5", "needs tokens that the student"),
     ("--support sampled --divergence reverse_kl --lmbda 0", "needs tokens that the student"), ("--outputs teacher", "no step would learn from them"),
-    ("--is-cap 2 --temperature 0.5", "--is-cap and the policy gradient compare"), ("--objective policy_gradient --top-p 0.9", "--is-cap and the policy gradient compare"),
+    ("--is-cap 2 --temperature 0.5", "--is-cap compares"), ("--objective policy_gradient --top-p 0.9", "--objective policy_gradient compares"),
     ("--is-cap -1", "--is-cap -1.0: a largest ratio"), ("--lmbda 0 --is-cap 2", "fixed outputs have no sampler"), ("--discount 0.5", "belong to --objective policy_gradient"),
     ("--coef 2", "belong to --objective policy_gradient"), ("--objective policy_gradient --discount 2", "--discount 2.0: from 0"),
     ("--objective sft --lmbda 0 --loss-temperature 2", "inside a divergence"), ("--support sampled", "add --divergence reverse_kl"),
-    ("--support teacher_topk --topk 1000", "--topk 1000: the vocabulary has"), ("--divergence jsd --beta 1", "jsd needs 0 < beta < 1"),
+    ("--support teacher_topk --topk 1000", "--topk 1000: the vocabulary has"), ("--divergence jsd --beta 1", "without its ends"),
     ("--divergence mixed --beta 2", "--beta 2.0: a share"), ("--rollouts 0", "--rollouts 0: at least one"), ("--mini-batch 3", "must divide --prompts-per-step"),
     ("--teacher ema", "--teacher ema: expected another model's"), ("--teacher", "--teacher .none.: expected another model's"),
     ("--teacher-url localhost:8000", "expected an address such as"), ("--teacher-url http://x/v1", "not --support full"),

@@ -85,7 +85,7 @@ def world(tmp_path_factory):
     teacher = Teacher("ema", 0.1, student, run)
     prompts, contexts = [[3, 20, 5, 4], [3, 20, 21, 22, 5, 4]], [[3, 20, 40, 41, 42, 5, 4], [3, 43, 5, 4]]
     ys = [[30, 31, 32, 33, 5], [34, 35, 5]]
-    samples = [Sample({}, p, c, y, [-1.0] * len(y), []) for p, c, y in zip(prompts, contexts, ys)]
+    samples = [Sample(p, c, y, [-1.0] * len(y), []) for p, c, y in zip(prompts, contexts, ys)]
     return SimpleNamespace(run=run, student=student, teacher=teacher, samples=samples)
 
 
@@ -135,7 +135,7 @@ def test_dft_does_not_differentiate_its_weight(world):
     grads = {}
     for method in ("sft", "dft"):
         world.student.zero_grad()
-        loss_of(world, Args(method=method), samples=[Sample({}, *world.samples[0][1:3], [30], [-1.0], [])])[0].backward()
+        loss_of(world, Args(method=method), samples=[Sample(*world.samples[0][:2], [30], [-1.0], [])])[0].backward()
         grads[method] = world.student.lm_head.weight.grad.clone()
     p = logps_by_hand(world.student, world.samples[0].prompt, [30])[0, 30].exp().item()
     assert torch.allclose(grads["dft"], p * grads["sft"], atol=1e-7)
@@ -237,7 +237,7 @@ def test_evaluation_does_not_touch_training(tiny, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ("--temperature 0.7", "--is-cap compares"), ("--top-p 0.9", "--is-cap compares"), ("--generate-from teacher", "add --is-cap 0"),
-    ("--support sampled", "add --divergence reverse_kl"), ("--divergence jsd --beta 0", "0 < beta < 1"), ("--ema-rate 1.5", "a rate in"),
+    ("--support sampled", "add --divergence reverse_kl"), ("--divergence jsd --beta 0", "without its ends"), ("--ema-rate 1.5", "a rate in"),
     ("--support student_topk --topk 1000", "--topk 1000: the vocabulary has")])
 def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
     with pytest.raises(InputError, match=message):

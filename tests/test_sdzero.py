@@ -12,7 +12,7 @@ import common
 import sdzero
 import toy
 from common import InputError, Reviser, Rollout, Run, Teacher, load_model, on_completions, parse
-from sdzero import PRESETS, Args, Sample, sdzero_loss, tokenize
+from sdzero import PRESETS, Args, Sample, sdzero_loss, unused
 
 TOKENIZER = toy.make_tokenizer()
 WRONG, RIGHT = "\n\nWait, this response is wrong. Let me correct it.\n\n", "\n\nLet me rephrase the above solution.\n\n"
@@ -64,7 +64,7 @@ def world(tmp_path_factory):
     teacher = Teacher(str(make_model(folder / "t", seed=3)), 0.0, student, run)
     x, phrase = [3, 20, 5, 4], TOKENIZER(WRONG)["input_ids"]
     ys = [[30, 31, 32, 33, 5], [34, 35, 5]]
-    samples = [Sample({}, x, x + y[:-1] + phrase, y, [-3.0] * len(y), False) for y in ys]
+    samples = [Sample(x, x + y[:-1] + phrase, y, [-3.0] * len(y), False) for y in ys]
     return SimpleNamespace(student=student, teacher=teacher, samples=samples, x=x, phrase=phrase)
 
 
@@ -144,12 +144,14 @@ def test_phase_two_finds_what_phase_one_wrote(tiny, tmp_path, monkeypatch):
         sdzero.main(parse(Args, PRESETS, [*argv.split(), "--overwrite", "--student-chat-kwargs", '{"enable_thinking": true}']))
 
 
-def test_no_row_left(tiny):
-    rows = common.load_rows(str(tiny.data), sdzero.to_row)
+def test_questions_of_phase_1_are_not_asked_again(tiny, tmp_path, capsys):
+    rows = common.load_rows(str(tiny.data), common.competition_row)
     used = REVISER._replace(questions=[common.question_key(row["prompt"]) for row in rows])
-    with pytest.raises(InputError, match="no row is left without those of phase 1"):
-        tokenize(rows, TOKENIZER, used, Args(data="d"))
-    assert len(tokenize(rows, TOKENIZER, used._replace(questions=used.questions[5:]), Args(questions=3))) == 3
+    with pytest.raises(InputError, match="all 24 questions belong to phase 1"):
+        unused(rows, used, Args(data="d"))
+    assert unused(rows, used._replace(questions=used.questions[5:]), Args()) == rows[:5]
+    sdzero.main(parse(Args, PRESETS, [*flags_of("sdzero", tmp_path / "r", tiny).split(), "--questions", "3", "--dry-run"]))
+    assert "sdzero: 3 of 24 rows" in capsys.readouterr().out
 
 
 # ---- The loop
@@ -201,10 +203,7 @@ def test_every_way_runs(flags, tiny, tmp_path, judge):
 def test_both_phases_map_rows_alike():
     """One prompt format throughout: a question has the same key in srt.py and here."""
     import srt
-    for raw in ({"problem": "1+1?", "answer": "2", "correctness_math_verify": [True]}, {"prompt": "add:1+1", "answer": "2"},
-                {"input_format": "n", "prompt": "Print n.", "examples": [{"input": "1", "output": "1"}]}):
-        assert sdzero.to_row(raw) == srt.to_row(raw)
-    assert "boxed" in sdzero.to_row({"problem": "1+1?", "answer": "2", "solution": "s"})["prompt"][1]["content"]          # DeepScaleR
+    assert sdzero.competition_row is srt.competition_row is common.competition_row
 
 
 def test_presets_are_the_papers():

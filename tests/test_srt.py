@@ -307,10 +307,11 @@ def test_every_way_runs(flags, tiny, tmp_path):
 
 
 def test_rows_of_the_papers_data_sets():
-    raw = {"problem": "1+1?", "answer": "2", "correctness_math_verify": [True]}
-    assert [m["content"] for m in srt.to_row(raw)["prompt"]] == ["You are a helpful assistant that solves math problems step by step.",
-                                                                "1+1?\n\nPlease reason step by step, and put your final answer within \\boxed{}."]
-    code = srt.to_row({"input_format": "n", "prompt": "Print n.", "examples": [{"input": "1", "output": "1"}]})
+    raw = {"problem": "1+1?", "answer": "2", "solution": "s"}                       # OpenR1-Math, DeepScaleR
+    assert [m["content"] for m in common.competition_row(raw)["prompt"]] == [
+        "You are a helpful assistant that solves math problems step by step.",
+        "1+1?\n\nPlease reason step by step, and put your final answer within \\boxed{}."]
+    code = common.competition_row({"input_format": "n", "prompt": "Print n.", "examples": [{"input": "1", "output": "1"}]})
     assert code["prompt"][1]["content"] == "Print n." and common.code("```python\nprint(input())\n```", code)[0] == 1.0
 
 
