@@ -83,7 +83,7 @@ class RunError(RuntimeError):
 
 @dataclass
 class RunArgs:
-    """The flags of every script: where, when and how fast. A script's `Args` has its algorithm's before them."""
+    """The flags of every script: where, when and how fast. A script's `Args` are its `PaperArgs`, then these."""
 
     sample_batch: int = 256
     """Answers decoded at once on one process; lower it when the KV cache does not fit."""

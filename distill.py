@@ -45,7 +45,7 @@ from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, R
 
 
 @dataclass
-class Algorithm:
+class PaperArgs:
     preset: str = "toy"
     """Where the other flags start from: toy, gkd-gsm8k, tml-math. Any flag given beside it wins."""
 
@@ -162,7 +162,7 @@ class Algorithm:
 
 
 @dataclass
-class Args(RunArgs, Algorithm):
+class Args(RunArgs, PaperArgs):
     """These flags, and behind them those of every script: the machine and the run."""
 
 

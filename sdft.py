@@ -31,7 +31,7 @@ from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, R
 
 
 @dataclass
-class Algorithm:
+class PaperArgs:
     preset: str = "toy"
     """Where the other flags start from: toy, tooluse, science, medical, knowledge. Any flag given beside it wins."""
 
@@ -136,7 +136,7 @@ class Algorithm:
 
 
 @dataclass
-class Args(RunArgs, Algorithm):
+class Args(RunArgs, PaperArgs):
     """These flags, and behind them those of every script: the machine and the run."""
 
 

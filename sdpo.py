@@ -35,7 +35,7 @@ from common import (SOLVED, TEACHER_STREAM, TRAIN_STREAM, Divergence, Head, Inpu
 
 
 @dataclass
-class Algorithm:
+class PaperArgs:
     preset: str = "toy"
     """Where the other flags start from: toy, sciknoweval, tooluse, lcb, ttt. Any flag given beside it wins."""
 
@@ -168,7 +168,7 @@ class Algorithm:
 
 
 @dataclass
-class Args(RunArgs, Algorithm):
+class Args(RunArgs, PaperArgs):
     """These flags, and behind them those of every script: the machine and the run."""
 
 

@@ -36,7 +36,7 @@ from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Revis
 
 
 @dataclass
-class Algorithm:
+class PaperArgs:
     preset: str = "toy"
     """Where the other flags start from: toy, math, code. Any flag given beside it wins."""
 
@@ -139,7 +139,7 @@ class Algorithm:
 
 
 @dataclass
-class Args(RunArgs, Algorithm):
+class Args(RunArgs, PaperArgs):
     """These flags, and behind them those of every script: the machine and the run."""
 
 

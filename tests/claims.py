@@ -269,7 +269,7 @@ def attempts_to(points: list[tuple[int, float]], level: float, per_step: int) ->
 
 def measure(result: Result) -> dict[str, float]:
     """Everything that a column of any table may show of a run."""
-    first, last, per_step = result.metrics[0], result.metrics[-1], result.args["prompts_per_step"] * result.args["rollouts"]
+    first, last, per_step = result.metrics[0], result.metrics[-1], result.args["prompts_per_step"] * result.args.get("rollouts", 1)
     if "search/solved" in last:
         needed = last["search/attempts"] if last["search/solved"] else 257
         return {"lr": result.args["lr"], "attempts": min(needed, 256), **{f"discovery@{k}": needed <= k for k in (8, 16, 32, 64, 128, 256)}}
@@ -313,16 +313,18 @@ def measured(table: str, row: str) -> list[dict[str, float]]:
 def cell(values: list[float]) -> str:
     """Mean and standard deviation; of yes and no the share of yes."""
     digits = lambda x: f"{x:.2f}" if abs(statistics.mean(values)) < 2 else f"{x:.0f}"
-    return digits(statistics.mean(values)) + ("" if {*values} <= {0, 1} else f" ± {digits(statistics.stdev(values))}")
+    spread = len({*values}) > 1 and not {*values} <= {0, 1}
+    return digits(statistics.mean(values)) + (f" ± {digits(statistics.stdev(values))}" if spread else "")
 
 
 def table(name: str) -> str:
     claim = CLAIMS[name]
-    lines = [f"### {name}", "", f"| | lr | {' | '.join(claim.columns)} |", "|---|---|" + "---|" * len(claim.columns)]
+    lines = [f"| | lr | {' | '.join(claim.columns)} |", "|---|---|" + "---|" * len(claim.columns)]
     for row in claim.rows:
         results = measured(name, row)
         cells = [cell([r[column] for r in results]) if column in results[0] else "" for column in claim.columns]
-        lines.append(f"| {row} | {results[0]['lr']:g} | {' | '.join(cells)} |")
+        lr = f"{results[0]['lr']:.1e}".replace(".0e", "e").replace("e-0", "e-")
+        lines.append(f"| {row} | {lr} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -349,7 +351,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.claims or TABLES:
         if not args.list:
-            print(TABLES[name](), flush=True)
+            print(f"### {name}\n\n{TABLES[name]()}", flush=True)
         elif name in CLAIMS:
             print("\n".join(CLAIMS[name].rows.values()))
 

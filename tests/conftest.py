@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,18 @@ def pytest_collection_modifyitems(items: list) -> None:
     for item in items:
         if item.module.__name__ in QUICK:
             item.add_marker("quick")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def worlds(request):
+    """The laptop worlds, minutes of one core, are made beside the first tests; a test that comes to one too early waits for it."""
+    builder = None
+    if {item.module.__name__ for item in request.session.items} & {"test_learning", "test_toy"}:
+        builder = subprocess.Popen([sys.executable, "-c", "import toy; toy.build(); toy.build_lock()"], cwd=ROOT / "tests",
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield
+    if builder:
+        builder.send_signal(signal.SIGINT)                   # which cleans up behind itself
 
 
 def make_model(folder: Path, family: str = "qwen3", seed: int = 0, **changes) -> Path:
