@@ -147,6 +147,6 @@ def test_a_verifier_of_ones_own(tmp_path):
     assert load_verifier(f"{tmp_path}/mine.py:half")("", {}) == (0.5, "nearly")
     with pytest.raises(RuntimeError, match="gave 'yes' for f:3"):
         load_verifier(f"{tmp_path}/mine.py:broken")("", {"where": "f:3"})
-    for name, message in [("exakt", "expected exact, choice, tool_use, math, code or path"), (f"{tmp_path}/mine.py:none", "defines no function none"), ("no.py:f", "expected exact")]:
+    for name, message in [("exakt", "expected exact, choice, tool_use, math, code or path"), (f"{tmp_path}/mine.py:none", "defines no function none"), ("no.py:f", "there is no file no.py; expected exact")]:
         with pytest.raises(InputError, match=message):
             load_verifier(name)

@@ -1,11 +1,13 @@
 """Whole runs as a user starts them: any number of processes, killed and resumed, and every mistake answered in one sentence."""
 
+import importlib.machinery
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,3 +249,36 @@ def test_a_search_that_ends_at_once_has_no_curves(tmp_path):
     common.append_jsonl(tmp_path / "metrics.jsonl", [{"step": 2, "train/loss": 0.5}])
     common.draw_curves(tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_wandb_gets_every_row_and_a_resumed_run_goes_on_there(tiny, tmp_path, monkeypatch):
+    class Wandb:
+        begun, rows = [], []
+        __spec__ = importlib.machinery.ModuleSpec("wandb", None)
+
+        @classmethod
+        def init(cls, **kwargs):
+            cls.begun.append(kwargs)
+            return SimpleNamespace(log=lambda metrics, step: cls.rows.append((step, metrics)))
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    more = "--wandb-project p --save-every 1"
+    monkeypatch.setattr(common.Run, "stop_requested", lambda run: run.done == 1)
+    run_here("sdft", tmp_path / "r", tiny, more)
+    monkeypatch.setattr(common.Run, "stop_requested", lambda run: False)
+    rows = run_here("sdft", tmp_path / "r", tiny, f"{more} --resume")
+    assert [(step, metrics["step"]) for step, metrics in Wandb.rows] == [(i, i) for i in range(4)] and Wandb.rows[-1][1] == rows[-1]
+    first, second = Wandb.begun
+    assert first["id"] and first["project"] == "p" and first["name"] == "r" and first == second
+
+
+def test_wandb_that_is_not_there(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(common.InputError, match="--wandb-project p: pip install wandb"):
+        run_here("sdft", tmp_path / "r", tiny, "--wandb-project p")
+
+
+def test_the_command_that_goes_on_names_what_several_machines_need(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sdft.py", "--lr", "1", "--overwrite"])
+    assert common.again() == "python sdft.py --lr 1 --resume"
+    monkeypatch.setattr(common, "NODES", "2")
+    assert common.again().endswith("--resume (on every machine, and with torchrun's --rdzv flags as before)")

@@ -67,6 +67,8 @@ def test_without_math_verify_one_sentence_says_what_to_type(monkeypatch):
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install math-verify"):
         math_answer(r"\boxed{4}", {"answer": "5"})
+    with pytest.raises(InputError, match="pip install math-verify"):
+        common.load_verifier("math")
 
 
 # ---------------------------------------------------------------- code: rewards and feedback
