@@ -446,9 +446,9 @@ def main(args: Args) -> None:
                 student, [row["prompt_ids"] for row in rows], [row["id"] for row in rows], args.rollouts, (TRAIN_STREAM, step),
                 temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
         answers = [y for group in groups for y in group]
-        total = run.sum(answers=len(answers), length=sum(len(y.ids) for y in answers), cut=sum(not y.finished for y in answers))
-        if step == 1 and total["cut"] == total["answers"] and args.cut_off != "keep":
-            raise InputError(f"all {total['answers']:.0f} answers of step 1 were cut off at --max-completion-tokens {args.max_completion_tokens}; "
+        drawn = run.sum(answers=len(answers), length=sum(len(y.ids) for y in answers), cut=sum(not y.finished for y in answers))
+        if step == 1 and drawn["cut"] == drawn["answers"] and args.cut_off != "keep":
+            raise InputError(f"all {drawn['answers']:.0f} answers of step 1 were cut off at --max-completion-tokens {args.max_completion_tokens}; "
                              "raise it, or accept them with --cut-off keep")
         questions = [[Sample(row["prompt_ids"], y.ids, y.logps, None, []) for y in group if y.finished or args.cut_off != "drop"]
                      for row, group in zip(rows, groups, strict=True)]
@@ -497,15 +497,15 @@ def main(args: Args) -> None:
         run.done = step                                      # the step that the weights have behind them
 
         # 4. Report what was optimised; evaluate; save.
-        mean = run.sum(**sums)
-        tokens = max(mean["tokens"], 1)
-        metrics = {"train/loss": mean["loss"], "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": total["length"],
-                   "distill/tokens": mean["tokens"], "distill/on_policy": float(own), "rollout/entropy": mean["entropy"] / tokens,
-                   "rollout/length": total["length"] / total["answers"], "rollout/cut_frac": total["cut"] / total["answers"]}
+        total = run.sum(**sums)
+        tokens = max(total["tokens"], 1)
+        metrics = {"train/loss": total["loss"], "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": drawn["length"],
+                   "distill/tokens": total["tokens"], "distill/on_policy": float(own), "rollout/entropy": total["entropy"] / tokens,
+                   "rollout/length": drawn["length"] / drawn["answers"], "rollout/cut_frac": drawn["cut"] / drawn["answers"]}
         if args.objective != "sft":
-            metrics |= {"distill/divergence": mean["divergence"] / tokens, "distill/is_ratio_mean": mean["ratio"] / tokens}
+            metrics |= {"distill/divergence": total["divergence"] / tokens, "distill/is_ratio_mean": total["ratio"] / tokens}
         if args.objective == "divergence":
-            metrics |= {"distill/topk_mass_student": mean["mass_student"] / tokens, "distill/topk_mass_teacher": mean["mass_teacher"] / tokens}
+            metrics |= {"distill/topk_mass_student": total["mass_student"] / tokens, "distill/topk_mass_teacher": total["mass_teacher"] / tokens}
         if step % args.eval_every == 0 or step == steps:
             metrics |= evaluate(run, student, tokenizer, sampler, evals, verify, step, score)
         run.log(step, metrics)

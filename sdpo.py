@@ -451,10 +451,10 @@ def main(args: Args) -> None:
             prompt, A = rows[q]["prompt_ids"], advantages([reward for _, reward, _ in groups[q]], args.std_advantage)[i]
             samples.append(Sample(q, prompt, context or prompt, y.ids, y.logps, [kept] * len(y.ids), A))
         contexts = [(q, i, s.context) for (q, i), s in zip(mine, samples) if s.mask[0]]
-        total = run.sum(attempts=len(attempts), length=sum(len(y.ids) for y in attempts), cut=sum(not y.finished for y in attempts),
+        drawn = run.sum(attempts=len(attempts), length=sum(len(y.ids) for y in attempts), cut=sum(not y.finished for y in attempts),
                         reward=sum(groups[q][i][1] for q, i in mine), active=len(contexts), dropped=dropped)
-        if step == 1 and total["cut"] == total["attempts"] and args.cut_off != "keep":
-            raise InputError(f"all {total['attempts']:.0f} attempts of step 1 were cut off at --max-completion-tokens "
+        if step == 1 and drawn["cut"] == drawn["attempts"] and args.cut_off != "keep":
+            raise InputError(f"all {drawn['attempts']:.0f} attempts of step 1 were cut off at --max-completion-tokens "
                              f"{args.max_completion_tokens}; raise it, or accept them with --cut-off keep")
 
         # 4. Learn, one optimiser step per mini-batch of questions.
@@ -503,19 +503,19 @@ def main(args: Args) -> None:
         run.done = step                                      # the step that the weights have behind them
 
         # 6. Report what was optimised; evaluate; save.
-        mean = run.sum(**sums)
-        tokens = max(mean["tokens"], 1)
-        silent = 0 if total["active"] or args.policy_weight else silent + 1
+        total = run.sum(**sums)
+        tokens = max(total["tokens"], 1)
+        silent = 0 if drawn["active"] or args.policy_weight else silent + 1
         if silent == 10:
             run.say("ten steps in a row without any signal: no attempt succeeded and none had feedback; take easier questions, more --rollouts, "
                     "or a verifier that gives feedback")
-        metrics = {"train/loss": mean["loss"], "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": total["length"],
-                   "distill/tokens": mean["tokens"], "distill/active_frac": total["active"] / total["attempts"],
-                   "distill/divergence": mean["divergence"] / tokens, "distill/topk_mass_student": mean["mass_student"] / tokens,
-                   "distill/topk_mass_teacher": mean["mass_teacher"] / tokens, "distill/is_ratio_mean": mean["ratio"] / tokens,
-                   "rollout/reward": total["reward"] / total["attempts"], "rollout/length": total["length"] / total["attempts"],
-                   "rollout/cut_frac": total["cut"] / total["attempts"], "rollout/entropy": mean["entropy"] / tokens,
-                   "teacher/dropped_prompts": total["dropped"], "teacher/distance": teacher.distance()}
+        metrics = {"train/loss": total["loss"], "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": drawn["length"],
+                   "distill/tokens": total["tokens"], "distill/active_frac": drawn["active"] / drawn["attempts"],
+                   "distill/divergence": total["divergence"] / tokens, "distill/topk_mass_student": total["mass_student"] / tokens,
+                   "distill/topk_mass_teacher": total["mass_teacher"] / tokens, "distill/is_ratio_mean": total["ratio"] / tokens,
+                   "rollout/reward": drawn["reward"] / drawn["attempts"], "rollout/length": drawn["length"] / drawn["attempts"],
+                   "rollout/cut_frac": drawn["cut"] / drawn["attempts"], "rollout/entropy": total["entropy"] / tokens,
+                   "teacher/dropped_prompts": drawn["dropped"], "teacher/distance": teacher.distance()}
         metrics |= found
         if args.teacher_samples and args.policy_weight < 1 and args.teacher != "trust_region" and (step == 1 or step % args.eval_every == 0):
             with run.timer("eval"):
