@@ -35,7 +35,6 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -320,8 +319,9 @@ def check(folder: Path, name: str) -> dict:
     exact, exact_gradient = loss.item(), gradient(student, loss)
 
     # Ours, by the script's own loss, one padded micro-batch.
-    module, run = importlib.import_module(script), SimpleNamespace(device=torch.device("cpu"))
-    run.args = args = common.parse(module.Args, module.PRESETS, [*our_flags(Case(script, "tiny", 64, "full", 1), folder, 1, 8192), *flags.split()])
+    module = importlib.import_module(script)
+    args = common.parse(module.Args, module.PRESETS, [*our_flags(Case(script, "tiny", 64, "full", 1), folder, 1, 8192), *flags.split()])
+    run = common.Run(args)
     student = common.load_model(str(folder / "model"), run)
     targets = common.Teacher(str(source) if script == "distill" else "base", 0.0, student, run).targets([(c, y) for _, c, y in taught])
     weight_N, nothing = torch.tensor(sum(weights, [])), [0.0] * 64
