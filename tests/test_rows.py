@@ -1,12 +1,13 @@
 """Data: every format and data set's columns, errors that name file and row, templates that survive any text."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
 
 import toy
-from common import (InputError, as_messages, batch_rows, chat_ids, fill, fit, load_rows, load_verifier, sciknoweval_row, tool_use)
+from common import (InputError, as_messages, batch_rows, chat_ids, fill, fit, load_rows, load_verifier, sciknoweval_row, tokenize, tool_use)
 from sdft import to_row, to_training_row
 
 ROWS = [{"prompt": f"zig:{i}", "answer": str(i)} for i in range(5)]
@@ -140,6 +141,17 @@ def test_tool_use_takes_answers_as_json_text_and_explains():
     assert tool_use('Action: get\nAction Input: {"id": 1}', row) == (1.0, "")
     assert tool_use('Action: put\nAction Input: {"id": 2}', row) == (0.0, "Actions mismatch: predicted ['put'], expected ['get']; "
                                                                           "Action inputs mismatch: predicted {'id': 2}, expected {'id': 1}")
+
+
+def test_long_prompts_stop_or_are_left_out_and_something_is_left():
+    tokenizer, rows = toy.make_tokenizer(), [{"prompt": as_messages(text), "where": f"f:{i}"} for i, text in enumerate(("add:1+2", "add:" + "1" * 40))]
+    args = SimpleNamespace(student_chat_kwargs={}, max_prompt_tokens=20, drop_long=True, data="f")
+    assert tokenize(rows, tokenizer, args) == rows[:1] and rows[0]["prompt_ids"] == chat_ids(tokenizer, rows[0]["prompt"], {})
+    with pytest.raises(InputError, match="f: --drop-long left no row; raise --max-prompt-tokens"):
+        tokenize(rows[1:], tokenizer, args)
+    args.drop_long = False
+    with pytest.raises(InputError, match="f:1: .* over --max-prompt-tokens 20"):
+        tokenize(rows, tokenizer, args)
 
 
 def test_a_verifier_of_ones_own(tmp_path):

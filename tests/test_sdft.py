@@ -236,7 +236,8 @@ def test_evaluation_does_not_touch_training(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--temperature 0.7", "--is-cap compares"), ("--top-p 0.9", "--is-cap compares"), ("--generate-from teacher", "add --is-cap 0"),
+    ("--temperature 0.7", "--is-cap compares"), ("--top-p 0.9", "--is-cap compares"), ("--top-k 5", "--is-cap compares"),
+    ("--generate-from teacher", "add --is-cap 0"),
     ("--support sampled", "add --divergence reverse_kl"), ("--divergence jsd --beta 0", "without its ends"), ("--ema-rate 1.5", "a rate in"),
     ("--support student_topk --topk 1000", "--topk 1000: the vocabulary has")])
 def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
