@@ -8,6 +8,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import claims
 import common
 
 PAGES = {ROOT / name: (ROOT / name).read_text() for name in ("README.md", "tests/README.md")}
@@ -30,7 +31,6 @@ def test_commands_parse(command):
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[at]).exists()
     if words[at] == "tests/claims.py":
-        import claims
         assert {*words[at + 1:]} <= {*claims.TABLES}
     if words[at].startswith("tests/"):
         return
@@ -57,3 +57,15 @@ def test_flags_are_read_and_documented():
         for field in dataclasses.fields(importlib.import_module(name).Args):
             assert re.search(rf"args(_type\(\))?\.{field.name}\b", script + source) or f'"{field.name}"' in source + script, field.name
             assert re.search(rf'^    {field.name}: .*\n(?:.*\n)?    """(?s:.{{6,400}}?)"""', script + source, re.M), field.name
+
+
+@pytest.mark.parametrize("name", claims.TABLES)
+def test_the_tables_of_the_laptop_world_are_those_of_the_record(name, monkeypatch):
+    monkeypatch.setattr(claims, "run", lambda command: pytest.fail(f"not in tests/claims.jsonl: {command}; python tests/claims.py measures it"))
+    assert claims.TABLES[name]() in PAGES[ROOT / "tests" / "README.md"], f"python tests/claims.py {name} prints the table that belongs there"
+
+
+def test_the_count_of_verdicts():
+    count = lambda word: sum(line.endswith(f"| {word} |") for line in claims.verdicts().splitlines())
+    shows, not_shown, opposite = map(count, ("shows", "**does not show**", "**the opposite shows**"))
+    assert f"Of {shows + not_shown + opposite} claims that it can speak to {shows} show, {not_shown} do not, and of {opposite} the opposite does." in " ".join(TEXT.split())
