@@ -23,7 +23,11 @@ import toy  # noqa: E402
 QUICK = {"test_loss", "test_models", "test_readme", "test_rows", "test_sampler", "test_settings", "test_teacher", "test_verifiers"}
 
 
+WORLD = {"test_learning", "test_toy"}                        # last: they need the laptop worlds, which take minutes to make
+
+
 def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: item.module.__name__ in WORLD)
     for item in items:
         if item.module.__name__ in QUICK:
             item.add_marker("quick")
@@ -31,9 +35,9 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def worlds(request):
-    """The laptop worlds, minutes of one core, are made beside the first tests; a test that comes to one too early waits for it."""
+    """The laptop worlds are made beside the other tests, on the second core; a test that comes to one too early waits for it."""
     builder = None
-    if {item.module.__name__ for item in request.session.items} & {"test_learning", "test_toy"}:
+    if {item.module.__name__ for item in request.session.items} & WORLD:
         builder = subprocess.Popen([sys.executable, "-c", "import toy; toy.build(); toy.build_lock()"], cwd=ROOT / "tests",
                                    env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield
