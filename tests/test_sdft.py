@@ -245,6 +245,13 @@ def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
         run_here("sdft", tmp_path / "r", tiny, flags)
 
 
+def test_skipped_tokens_carry_no_loss(tiny, tmp_path):
+    """One more skipped: every answer that still had loss tokens has one less."""
+    rows = [run_here("sdft", tmp_path / str(k), tiny, f"--steps 1 --skip-tokens {k}")[1] for k in range(4)]
+    for before, after in zip(rows, rows[1:]):
+        assert before["distill/tokens"] - after["distill/tokens"] == 8 * before["distill/active_frac"] and before["train/loss"] != after["train/loss"]
+
+
 def test_entropy_quantile_keeps_the_most_uncertain_tokens(tiny, tmp_path):
     """Counted over the whole step, not per answer or micro-batch; the entropies come from the student."""
     world = lambda more: run_here("sdft", tmp_path / more.replace(" ", ""), tiny, f"--steps 1 {more}")[1]

@@ -260,6 +260,14 @@ def test_scored_pairs_belong_together(tiny, tmp_path, judge, monkeypatch):
         assert not solution or solution != tokenizer.decode(y, skip_special_tokens=True)
 
 
+def test_answers_cut_off_are_dropped_when_asked(tiny, tmp_path, judge):
+    """Trap 13."""
+    kept, dropped = (run_here("sdpo", tmp_path / how, tiny, f"{judge} --steps 1 --cut-off {how}")[1] for how in ("keep", "drop"))
+    assert 0 < kept["rollout/cut_frac"] == dropped["rollout/cut_frac"] < 1
+    assert kept["distill/active_frac"] > dropped["distill/active_frac"] > 0
+    assert dropped["distill/active_frac"] <= 1 - dropped["rollout/cut_frac"] + 1e-9
+
+
 def test_grpo_alone_asks_no_teacher(tiny, tmp_path, judge, monkeypatch):
     monkeypatch.setattr(Teacher, "targets", lambda self, pairs: pytest.fail("a teacher was asked"))
     rows = run_here("sdpo", tmp_path / "r", tiny, f"{judge} --policy-weight 1")

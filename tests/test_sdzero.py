@@ -200,6 +200,13 @@ def test_every_way_runs(flags, tiny, tmp_path, judge):
     assert ("revise/first" in rows[-1]) == ("--no-eval-revisions" not in flags)
 
 
+def test_answers_cut_off_are_dropped_when_asked(tiny, tmp_path):
+    """Trap 13."""
+    kept, dropped = (run_here("sdzero", tmp_path / how, tiny, f"--steps 1 --cut-off {how}")[1] for how in ("keep", "drop"))
+    assert 0 < kept["rollout/cut_frac"] == dropped["rollout/cut_frac"] < 1
+    assert kept["distill/active_frac"] == 1 and dropped["distill/active_frac"] == pytest.approx(1 - dropped["rollout/cut_frac"])
+
+
 def test_both_phases_map_rows_alike():
     """One prompt format throughout: a question has the same key in srt.py and here."""
     import srt
