@@ -146,12 +146,12 @@ def test_each_part_of_the_model_reaches_the_engine(family, changes, tmp_path):
     """Trap 42: one part moves at a time; vLLM's greedy answers and their log-probs follow, the tied head's too."""
     model, sampler = load(vllm_model(tmp_path / "m", family, **changes))
     before = sampler(model, PROMPTS, [0] * 5, 1, (1,), temperature=0.0)
-    for part in ("layers.1.mlp", "layers.0.self_attn", "embed_tokens", "norm.weight", "" if changes else "lm_head"):
-        move(model, part, size=0.5 if "norm" in part else 0.1)
+    for weights in ("layers.1.mlp", "layers.0.self_attn", "embed_tokens", "norm.weight", "" if changes else "lm_head"):
+        move(model, weights, size=0.5 if "norm" in weights else 0.1)
         now = sampler(model, PROMPTS, [0] * 5, 1, (1,), temperature=0.0)
-        assert [y.logps for [y] in now] != [y.logps for [y] in before], part
+        assert [y.logps for [y] in now] != [y.logps for [y] in before], weights
         for prompt, [y] in zip(PROMPTS, now):
-            assert y.logps == pytest.approx(forced(model, prompt, y.ids), abs=1e-3), part
+            assert y.logps == pytest.approx(forced(model, prompt, y.ids), abs=1e-3), weights
         before = now
 
 
