@@ -239,11 +239,10 @@ def record() -> dict[str, dict]:
 def at(command: str, **place: int) -> dict[str, float]:
     """What one command measured with its base and seed filled in: from the record, or from a run that is then recorded."""
     one = OUT / f"one-{place['base']}.jsonl"                 # a data set of one prompt
-    if "{one}" in command and not one.exists():
-        OUT.mkdir(parents=True, exist_ok=True)
-        one.write_text(json.dumps({"prompt": "add:4721+3855", "answer": "7576"}) + "\n")
     command = command.format(**place, one=os.path.relpath(one, ROOT))
     if command not in record():
+        OUT.mkdir(parents=True, exist_ok=True)
+        one.write_text(json.dumps({"prompt": "add:4721+3855", "answer": "7576"}) + "\n")
         inner = re.findall(r"\[\[(.*?)\]\]", command)
         out, before = run(re.sub(r"\[\[(.*?)\]\]", lambda match: os.path.relpath(run(match[1]), ROOT), command)), [run(c) for c in inner]
         read = lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
