@@ -163,7 +163,7 @@ class PaperArgs:
 
 @dataclass
 class Args(RunArgs, PaperArgs):
-    """These flags, and behind them those of every script: the machine and the run."""
+    """The paper's flags, then those of every script: the machine and the run."""
 
 
 PRESETS: dict[str, dict] = {
@@ -374,7 +374,7 @@ def check(args: Args, vocabulary: int, world: int) -> None:
                          "divergence with another --support")
     if args.lmbda == 1 and args.outputs == "teacher":
         raise InputError("--outputs teacher with --lmbda 1: no step would learn from them; lower --lmbda")
-    if own and policy and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
+    if policy and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
         raise InputError("--objective policy_gradient compares sampling and training distributions, so it needs --temperature equal to "
                          "--loss-temperature, --top-p 1 and --top-k 0")
     if args.is_cap < 0:

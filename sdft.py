@@ -137,7 +137,7 @@ class PaperArgs:
 
 @dataclass
 class Args(RunArgs, PaperArgs):
-    """These flags, and behind them those of every script: the machine and the run."""
+    """The paper's flags, then those of every script: the machine and the run."""
 
 
 # Appendix B, tables 3 and 4, print grids and not the values selected: lr {5e-6, 1e-5, 5e-5}, batch {16, 32, 64}, epochs {1, 2}

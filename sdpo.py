@@ -169,7 +169,7 @@ class PaperArgs:
 
 @dataclass
 class Args(RunArgs, PaperArgs):
-    """These flags, and behind them those of every script: the machine and the run."""
+    """The paper's flags, then those of every script: the machine and the run."""
 
 
 # Tables 12 and 13 and appendix E; Args holds the column of section 3 (no feedback).

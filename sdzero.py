@@ -132,7 +132,7 @@ class PaperArgs:
 
 @dataclass
 class Args(RunArgs, PaperArgs):
-    """These flags, and behind them those of every script: the machine and the run."""
+    """The paper's flags, then those of every script: the machine and the run."""
 
 
 # Appendix C, tables 3-6: lr, K, one answer, one epoch, temperature, 16K tokens. It prints no batch size, warm-up, schedule, weight decay

@@ -140,7 +140,9 @@ class PaperArgs:
 
 @dataclass
 class Args(RunArgs, PaperArgs):
-    """These flags, and behind them those of every script: the machine and the run."""
+    """The paper's flags, then those of every script: the machine and the run."""
+
+    save_every: int = 500                                    # as often as it evaluates
 
 
 # Appendix C, tables 3-6. It prints no batch size, warm-up, weight decay or evaluation temperature: 4, .05 of the steps (150 of 3000),
