@@ -173,7 +173,7 @@ def read_reviser(args: Args) -> Reviser:
     return reviser
 
 
-def unused(rows: list[dict], reviser: Reviser, args: Args) -> list[dict]:
+def fresh_questions(rows: list[dict], reviser: Reviser, args: Args) -> list[dict]:
     """The questions that phase 1 did not use."""
     used = set(reviser.questions)
     left = [row for row in rows if question_key(row["prompt"]) not in used]
@@ -198,7 +198,7 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model)
     check_divergence(args, len(tokenizer))
     rows = load_rows(args.data, competition_row)
-    train = tokenize(unused(rows, reviser, args), tokenizer, args)[:args.questions or None]
+    train = tokenize(fresh_questions(rows, reviser, args), tokenizer, args)[:args.questions or None]
     evals = load_evals(args.eval_data, competition_row, tokenizer, args)
     verify = load_verifier(args.verifier)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)

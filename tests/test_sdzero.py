@@ -12,7 +12,7 @@ import common
 import sdzero
 import toy
 from common import InputError, Reviser, Rollout, Run, Teacher, load_model, on_completions, parse
-from sdzero import PRESETS, Args, Sample, sdzero_loss, unused
+from sdzero import PRESETS, Args, Sample, fresh_questions, sdzero_loss
 
 TOKENIZER = toy.make_tokenizer()
 WRONG, RIGHT = "\n\nWait, this response is wrong. Let me correct it.\n\n", "\n\nLet me rephrase the above solution.\n\n"
@@ -148,8 +148,8 @@ def test_questions_of_phase_1_are_not_asked_again(tiny, tmp_path, capsys):
     rows = common.load_rows(str(tiny.data), common.competition_row)
     used = REVISER._replace(questions=[common.question_key(row["prompt"]) for row in rows])
     with pytest.raises(InputError, match="all 24 questions belong to phase 1"):
-        unused(rows, used, Args(data="d"))
-    assert unused(rows, used._replace(questions=used.questions[5:]), Args()) == rows[:5]
+        fresh_questions(rows, used, Args(data="d"))
+    assert fresh_questions(rows, used._replace(questions=used.questions[5:]), Args()) == rows[:5]
     sdzero.main(parse(Args, PRESETS, [*flags_of("sdzero", tmp_path / "r", tiny).split(), "--questions", "3", "--dry-run"]))
     assert "sdzero: 3 of 24 rows" in capsys.readouterr().out
 
