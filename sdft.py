@@ -1,110 +1,128 @@
 """SDFT: Self-Distillation Fine-Tuning ("Self-Distillation Enables Continual Learning", arXiv:2601.19897v1).
 
-    minimise   E_{y ~ student(.|x)}  1/|y|  sum_t  D( teacher(.|x, c, y_<t),  student(.|x, y_<t) )            Eq. 1
+    minimise   E_{y ~ student(.|x)}  1/|y|  sum_t  D( teacher(.|x, c, y_<t),  student(.|x, y_<t) )      Eq. 1
 
-x prompt | c expert demonstration | y the student's own answer | teacher: EMA of the student, reading c in a template
+x prompt | c expert demonstration | y the student's own answer | teacher: EMA of the student, reads c too
 The student learns, on its own answers, to speak as it would had it seen the demonstration. It never sees c.
 
-Data   JSON lines with "prompt" (text or chat messages) and "privileged_context" (the demonstration), or a whole
-       "teacher_prompt"; evaluation rows have "prompt" and "answer". ToolAlpaca, SciKnowEval and medical-o1 rows are mapped.
-Run    python sdft.py                                              # the laptop world: CPU, no download, minutes
+Data   JSON lines with "prompt" (text or chat messages) and "privileged_context" (the demonstration), or a
+       whole "teacher_prompt"; evaluation rows have "prompt" and "answer". ToolAlpaca, SciKnowEval and
+       medical-o1 rows are mapped.
+Run    python sdft.py                                  # the laptop world: CPU, no download, minutes
        torchrun --nproc-per-node 8 sdft.py --preset tooluse --data FOLDER
-       python sdft.py --method sft --lr 3e-4 --verifier toy:lenient --out runs/sft-toy    # the baseline; it takes over the foreign style
-Differs from the paper: D is the forward KL, which the authors say all published results used (Eq. 1 is written with the
-reverse; --divergence reverse_kl). From the authors' code: weights and the EMA teacher are fp32 (in bf16 an EMA of rate .01
-hardly moves); an over-long prompt is an error, not cut; answers without a loss token leave the denominator.
+       python sdft.py --method sft --lr 3e-4 --verifier toy:lenient --out runs/sft-toy    # the baseline
+Differs from the paper: D is the forward KL, which the authors say all published results used (Eq. 1 is
+written with the reverse; --divergence reverse_kl). From the authors' code: weights and the EMA teacher are
+fp32 (in bf16 an EMA of rate 0.01 hardly moves); an over-long prompt is left out, not cut; answers without a
+loss token leave the denominator.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from common import (TRAIN_STREAM, Divergence, Head, InputError, Json, Rollout, RunArgs, Support, Teacher, again, as_messages, batch_rows, begin,
-                    chat_ids, check_divergence, distill_loss, evaluate, explain, fill, finish, fit, launch, learning_rate, load_checkpoint,
-                    load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler, micro_batches, most_uncertain,
-                    on_completions, optimizer_step, planned, save_checkpoint, sciknoweval_row, start, token_loss, token_stats)
+from common import (
+    TRAIN_STREAM,
+    Divergence,
+    InputError,
+    Json,
+    Objective,
+    Rollout,
+    RunArgs,
+    Sampling,
+    Support,
+    Teacher,
+    Totals,
+    as_messages,
+    completion_states,
+    distill_loss,
+    evaluate,
+    explain,
+    fill_template,
+    head_of,
+    launch,
+    learning_rate,
+    load_model,
+    load_rows,
+    load_tokenizer,
+    make_sampler,
+    micro_batches,
+    most_uncertain,
+    optimizer_step,
+    rollout_metrics,
+    save_results,
+    start_run,
+    step_rows,
+    token_logps,
+    tokenize,
+)
 
 
 @dataclass
 class PaperArgs:
     preset: str = "toy"
-    """Where the other flags start from: toy, tooluse, science, medical, knowledge. Any flag given beside it wins."""
+    """Named set of defaults: toy, tooluse, science, medical, knowledge. Explicit flags override it."""
 
     # The algorithm, in the paper's order and symbols.
     method: Literal["sdft", "sft", "dft"] = "sdft"
-    """sdft; or the baselines on the demonstrations themselves: sft = -log p(c), dft = -sg[p(c)] log p(c) (Wu et al. 2025)."""
-    template: str = ("\n{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
-                     "Now answer with a response of your own, including the thinking process.\n")
-    """What the teacher reads in place of the user's last message. Section 3; wording of the authors' code."""
+    """sdft, or a baseline on demonstrations: sft = -log p(c), dft = -sg[p(c)] log p(c) (Wu et al. 2025)."""
+    template: str = (
+        "\n{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
+        "Now answer with a response of your own, including the thinking process.\n"
+    )
+    """What the teacher reads in place of the last user message (section 3; wording of the authors' code)."""
     generate_from: Literal["student", "teacher"] = "student"
-    """Who answers. teacher = the off-policy ablation: y ~ teacher(.|x, c), no importance ratio."""
+    """What draws y. teacher is the off-policy ablation: y ~ teacher(.|x, c); needs --is-cap 0."""
     divergence: Divergence = "forward_kl"
-    """D per token. forward_kl = KL(teacher||student), reverse_kl = KL(student||teacher), jsd, mixed = both KLs."""
-    beta: float = 0.5
-    """jsd: weight of the teacher in the mixture and of its KL. mixed: weight of the forward KL. Unused by the plain KLs."""
+    """D per token: forward_kl = KL(teacher||student), reverse_kl the other way, jsd, mixed = both KLs."""
     support: Support = "full"
-    """Tokens that D is summed over: the vocabulary, a top-k with a tail bucket, or the sampled token (policy gradient)."""
+    """Tokens that D is summed over: the vocabulary, a top-k with a tail bucket, or the sampled token."""
     topk: int = 100
     """K of a top-k support."""
-    tail: bool = True
-    """Top-k supports: one bucket holds the rest of the mass. --no-tail renormalises both sides on the K tokens."""
     skip_tokens: int = 3
-    """Leading tokens of y without loss, or the student learns to open with "Based on the example" (section 5)."""
+    """Leading tokens of y without loss, so that no "Based on the example" is learnt (section 5)."""
     entropy_quantile: float = 0.0
-    """rho: only this share of the loss tokens, those where the student's entropy is highest, carries loss; costs a forward. 0 = all."""
-    average: Literal["sequence", "token"] = "sequence"
-    """sequence: every answer weighs the same, whatever its length (authors' code). token: every token does."""
+    """Share of loss tokens, those of highest student entropy, that carry loss; 0 is all. Costs a forward."""
     is_cap: float = 2.0
-    """Importance ratio student/sampler per token, at most this, averaged over y into one weight. 0 = no ratio."""
+    """Cap of the importance ratio student/sampler per token, averaged over y to one weight; 0: no ratio."""
     teacher: str = "ema"
-    """Who scores y given c: ema, base (the student at the start), live (the student now), or a model's folder or hub id."""
+    """What scores y given c: ema, base (the student at the start), live, or another model."""
     ema_rate: float = 0.01
-    """alpha in teacher <- (1 - alpha) teacher + alpha student after every step. 0 freezes the teacher, 1 makes it live."""
-    loss_temperature: float = 1.0
-    """Divides the logits of both sides inside D. It is not the temperature of sampling."""
+    """alpha in teacher <- (1 - alpha) teacher + alpha student after every step (table 3: .01, .02, .05)."""
 
     # Model and data.
     model: str = "Qwen/Qwen2.5-7B-Instruct"
-    """Folder or hub id of the student; a chat model."""
+    """Folder or hub id of the student, a chat model."""
     lora_rank: int = 0
-    """Rank of adapters on every linear layer but the head, alpha = 2 rank. 0 trains all weights."""
+    """Rank of adapters on every linear layer but the head, alpha = 2 rank; 0 trains all weights."""
     data: str = ""
     """Training rows: JSONL, JSON or parquet file, save_to_disk folder, or hub id as name:config@split."""
     eval_data: tuple[str, ...] = ()
-    """Evaluation sets; the first decides which weights are best/, the others watch what is forgotten."""
+    """Evaluation sets; the first decides which weights are best/, the others show what is forgotten."""
     verifier: str = "exact"
-    """Grades evaluation: exact, choice, tool_use, math, code (in a sandbox), or path.py:function(completion, row) -> reward."""
-    student_chat_kwargs: Json = field(default_factory=dict)
-    """Arguments of the chat template for the student's prompt, as JSON: '{"enable_thinking": false}'."""
-    teacher_chat_kwargs: Json = field(default_factory=dict)
-    """The same for the teacher's prompt."""
+    """Grades evaluation: exact, choice, tool_use, math, code, or path.py:function(completion, row)."""
+    chat_kwargs: Json = field(default_factory=dict)
+    """Arguments of the chat template for both sides, as JSON: '{"enable_thinking": false}'."""
     max_prompt_tokens: int = 1024
-    """Longest student prompt. A longer one stops the run, or is left out with --drop-long; nothing is ever cut."""
+    """Longest student prompt; rows with longer ones are left out and counted."""
     max_teacher_tokens: int = 4096
     """Longest teacher prompt, demonstration included; the same rule."""
-    drop_long: bool = False
-    """Leave rows with too long prompts out, and say how many."""
 
     # Generation.
     prompts_per_step: int = 32
-    """Prompts of one step, over all processes."""
+    """Prompts per step, over all processes (table 3: 16, 32 or 64)."""
     rollouts: int = 1
     """Answers per prompt. The paper saw negligible gain from more."""
     max_completion_tokens: int = 2048
-    """Longest answer, in training and evaluation."""
-    temperature: float = 1.0
-    """Of sampling answers to learn from. 0 = greedy."""
-    top_p: float = 1.0
-    """Nucleus of sampling; below 1 it needs --is-cap 0."""
-    top_k: int = 0
-    """Sampling from the k likeliest tokens only; 0 = all. Otherwise it needs --is-cap 0."""
-    cut_off: Literal["auto", "keep", "drop"] = "auto"
-    """Answers cut off at the limit: keep them (authors' code), drop them, or auto = keep, but stop if step 1 has no other."""
+    """Longest answer, in training and evaluation (table 3)."""
+    mask_truncated: bool = False
+    """Leave out answers that were cut off at the limit; the authors' code keeps them."""
 
     # Optimisation.
     epochs: float = 2.0
@@ -112,262 +130,274 @@ class PaperArgs:
     steps: int = 0
     """Optimiser steps; above 0 it replaces --epochs."""
     lr: float = 1e-5
-    """Peak learning rate of AdamW."""
+    """Peak AdamW learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After warm-up: cosine to zero, or constant."""
     warmup: int = 10
     """Steps of linear warm-up."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """AdamW weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
-    grad_clip: float = 1.0
-    """Largest gradient norm; 0 = no clipping."""
+    """AdamW betas."""
 
     # Evaluation.
     eval_every: int = 25
-    """Steps between evaluations; one before the first step and one after the last are always made."""
+    """Steps between evaluations; there is always one before the first step and one after the last."""
     eval_samples: int = 1
-    """Answers per evaluation prompt: avg@n and pass@n."""
+    """Answers per evaluation prompt, for avg@n and pass@n."""
     eval_temperature: float = 0.0
-    """Of evaluation; 0 = greedy (paper)."""
+    """Sampling temperature of evaluation; 0 is greedy (paper)."""
     eval_top_p: float = 1.0
-    """Nucleus of evaluation."""
+    """Nucleus of evaluation (pass@k in the paper: 0.95 at temperature 1)."""
 
 
 @dataclass
 class Args(RunArgs, PaperArgs):
-    """The paper's flags, then those of every script: the machine and the run."""
+    """The paper's flags, then those of every script."""
 
 
-# Appendix B, tables 3 and 4, print grids and not the values selected: lr {5e-6, 1e-5, 5e-5}, batch {16, 32, 64}, epochs {1, 2}
-# (knowledge {1, 2, 4}), EMA {.01, .02, .05}. Args takes 1e-5, because the 5e-5 of the authors' README compensates for updates
-# that bf16 weights round away; 32, 2 epochs and .01 as in the authors' code; 10 warm-up steps and 2048 tokens as in table 3.
+# Appendix B, tables 3 and 4, print grids and not the values selected: lr {5e-6, 1e-5, 5e-5}, batch {16, 32,
+# 64}, epochs {1, 2} (knowledge {1, 2, 4}), EMA {.01, .02, .05}. Args has 1e-5, because the 5e-5 of the
+# authors' README makes up for updates that bf16 weights round away; 32, 2 epochs and .01 as in the authors'
+# code; 10 warm-up steps and 2048 tokens as in table 3.
 PRESETS: dict[str, dict] = {
     # Chosen on seed 0 of the laptop world. Its answers have five tokens, so none is skipped.
-    "toy": dict(model="toy:0/model", data="toy:0/zig-train.jsonl", eval_data=("toy:0/zig-eval.jsonl", "toy:0/prior-eval.jsonl"),
-                skip_tokens=0, max_prompt_tokens=64, max_teacher_tokens=128, max_completion_tokens=20, engine_cache_gib=0.25, steps=240, lr=5e-5,
-                schedule="constant", warmup=5, adam_betas=(0.9, 0.95), tokens_per_batch=8192, eval_every=20, eval_temperature=1.0, seed=0),
+    "toy": dict(
+        model="toy:0/model",
+        data="toy:0/zig-train.jsonl",
+        eval_data=("toy:0/zig-eval.jsonl", "toy:0/prior-eval.jsonl"),
+        skip_tokens=0,
+        max_prompt_tokens=64,
+        max_teacher_tokens=128,
+        max_completion_tokens=20,
+        engine_cache_gib=0.25,
+        steps=240,
+        lr=5e-5,
+        schedule="constant",
+        warmup=5,
+        adam_betas=(0.9, 0.95),
+        tokens_per_batch=8192,
+        eval_every=20,
+        eval_temperature=1.0,
+        seed=0,
+    ),
     # The folders are those of the authors' repository (save_to_disk).
     "tooluse": dict(data="data/tooluse_train", eval_data=("data/tooluse_eval",), verifier="tool_use"),
     "science": dict(data="data/science_train", eval_data=("data/science_eval",), verifier="choice"),
     # Graded by a judge model in the paper; give --eval-data and --verifier your_judge.py:function.
     "medical": dict(data="FreedomIntelligence/medical-o1-reasoning-SFT:en@train"),
-    # Rows whose privileged_context is the article followed by the answer (best in appendix A.2); table 4: 1024 tokens.
-    # 4 epochs is the top of the grid: facts need more passes than skills.
-    "knowledge": dict(data="data/knowledge_train.jsonl", max_completion_tokens=1024, epochs=4.0, max_teacher_tokens=16384),
+    # Rows whose privileged_context is the article followed by the answer (best in appendix A.2); table 4:
+    # 1024 tokens. 4 epochs is the top of the grid: facts need more passes than skills.
+    "knowledge": dict(
+        data="data/knowledge_train.jsonl", max_completion_tokens=1024, epochs=4.0, max_teacher_tokens=16384
+    ),
 }
 
 
 class Sample(NamedTuple):
-    prompt: list[int]                                        # what the student reads
-    context: list[int]                                       # what the teacher reads
-    y: list[int]                                             # what both score
-    logps: list[float]                                       # of y under the sampler
-    mask: list[bool]                                         # which tokens of y carry loss
+    prompt: list  # what the student reads
+    context: list  # what the teacher reads
+    y: list  # what both score
+    logps: list  # of y under the sampler
+    mask: list  # which tokens of y carry loss
+
+    @property
+    def length(self) -> int:
+        return max(len(self.prompt), len(self.context)) + len(self.y)
+
+
+SCIENCE_SYSTEM = """
+Given a question and four options, please select the right answer. Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+
+For the answer, only output the letter corresponding to the correct option (A, B, C, or D), \
+and nothing else. Do not restate the answer text. For example, if the answer is "A", just output:
+<answer>
+A
+</answer>
+"""
 
 
 def to_row(raw: dict) -> dict | None:
-    """One data set's columns as ours: prompt, and whichever of privileged_context, teacher_prompt and answer it has.
+    """A data set's columns as ours: prompt, and what it has of privileged_context, teacher_prompt and answer.
 
     None: the paper leaves this row out.
     """
     row = dict(raw)
-    if "golden_response" in raw:                             # ToolAlpaca
+    if "golden_response" in raw:  # ToolAlpaca
         row |= {"privileged_context": "\n".join(raw["golden_response"]), "answer": raw["golden_answer"]}
-    elif "output_text" in raw:                               # the authors' science folder
+    elif "output_text" in raw:  # the authors' science folder
         row |= {"prompt": raw["messages"], "privileged_context": raw["output_text"]}
-    elif "Complex_CoT" in raw:                               # medical-o1; both parts, because the template asks for the thinking
+    elif "Complex_CoT" in raw:  # medical-o1; both parts, because the template asks for the thinking
         row |= {"prompt": raw["Question"], "privileged_context": f"{raw['Complex_CoT']}\n\n{raw['Response']}"}
-    elif "answerKey" in raw:
-        if (ours := sciknoweval_row(raw)) is None:
+    elif "answerKey" in raw:  # SciKnowEval
+        if raw["details"]["level"] != "L3" or raw["type"] not in ("mcq-4-choices", "mcq-2-choices"):
             return None
-        row |= ours
+        options = zip(raw["choices"]["label"], raw["choices"]["text"], strict=True)
+        question = raw["question"] + "\n\n" + "\n".join(f"{label}: {text}" for label, text in options)
+        row |= {
+            "prompt": [{"role": "system", "content": SCIENCE_SYSTEM}, {"role": "user", "content": question}]
+        }
+        row["answer"] = raw["answerKey"]
     row["prompt"] = as_messages(row["prompt"])
     return row
 
 
-def to_training_row(raw: dict) -> dict | None:
+def to_training_row(raw: dict, args: Args) -> dict | None:
+    """Ctx(x, c), section 3: the teacher reads the template in place of the last user message."""
     row = to_row(raw)
-    if row and "teacher_prompt" not in row and not str(row["privileged_context"] or "").strip():
-        raise ValueError("the privileged_context is empty; the teacher needs a demonstration")
+    if row and "teacher_prompt" in row:
+        row["teacher_messages"] = as_messages(row["teacher_prompt"])
+    elif row:
+        *before, last = row["prompt"]
+        if not row["privileged_context"].strip():
+            raise ValueError("the privileged_context is empty; the teacher needs a demonstration")
+        values = dict(prompt=last["content"], demonstration=row["privileged_context"])
+        row["teacher_messages"] = [
+            *before,
+            {"role": "user", "content": fill_template(args.template, **values)},
+        ]
+    if row and args.method != "sdft":
+        row["completion"] = row["privileged_context"]
     return row
 
 
-def teacher_messages(row: dict, template: str) -> list[dict]:
-    """Ctx(x, c), section 3: the template replaces the user's last message; a system message stays."""
-    if "teacher_prompt" in row:
-        return as_messages(row["teacher_prompt"])
-    *before, last = row["prompt"]
-    return [*before, {"role": "user", "content": fill(template, prompt=last["content"], demonstration=row["privileged_context"])}]
+def sequence_ratio(logp_N: Tensor, logps_N: Tensor, mask_N: Tensor, lengths: list, cap: float) -> Tensor:
+    """w_i = mean over loss tokens of min(student / sampler, cap): one weight per answer (authors' code)."""
+    ratio_N = (logp_N - logps_N).exp().clamp(max=cap) * mask_N
+    parts = zip(ratio_N.split(lengths), mask_N.split(lengths), strict=True)
+    means = [(ratio.sum() / mask.sum().clamp(min=1)).expand(len(mask)) for ratio, mask in parts]
+    return torch.cat(means) if means else ratio_N
 
 
-def tokenize(rows: list[dict], tokenizer: Any, args: Args) -> list[dict]:
-    """Both sides' prompts as token ids, once; rows over a limit stop the run or, with --drop-long, are left out."""
-    kept = []
-    for row in rows:
-        if args.method != "sdft" and "privileged_context" not in row:
-            raise InputError(f"{row['where']}: no 'privileged_context' in this row; --method {args.method} learns its words")
-        row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], args.student_chat_kwargs)
-        row["teacher_ids"] = chat_ids(tokenizer, teacher_messages(row, args.template), args.teacher_chat_kwargs)
-        if (fit(row["prompt_ids"], args.max_prompt_tokens, "--max-prompt-tokens", row["where"], args.drop_long)
-                and fit(row["teacher_ids"], args.max_teacher_tokens, "--max-teacher-tokens", row["where"], args.drop_long)):
-            kept.append(row)
-    if not kept:
-        raise InputError(f"{args.data}: --drop-long left no row; raise --max-prompt-tokens or --max-teacher-tokens")
-    return kept
+def sdft_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args: Args) -> tuple:
+    """Eq. 1 on a micro-batch: (loss, statistics, weights), each answer's tokens weighing 1 / (n_i B).
 
-
-def demonstrations(rows: list[dict], tokenizer: Any) -> list[list[Rollout]]:
-    """The baselines' y: the expert's words and the EOS."""
-    ids = [tokenizer(row["privileged_context"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for row in rows]
-    return [[Rollout(y, [0.0] * len(y), True)] for y in ids]
-
-
-def token_weights(mask: list[bool], sequences: float, tokens: float, average: str) -> list[float]:
-    """Each token's share of the step's loss: 1/(n_i B) or 1/(all tokens), n_i and all counted on the mask."""
-    share = 1 / (sum(mask) * sequences) if average == "sequence" else 1 / tokens
-    return [share * m for m in mask]
-
-
-def sequence_ratio(h_ND: Tensor, head: Head, y_N: Tensor, micro: list[Sample], mask_N: Tensor, args: Args) -> Tensor:
-    """w_i = mean over the loss tokens of min(student / sampler, cap): one weight per answer, as in the authors' code."""
-    logp_N, _ = token_stats(h_ND.detach(), head, y_N, temperature=args.loss_temperature)
-    behaviour_N = torch.tensor([p for s in micro for p in s.logps], device=y_N.device)
-    ratio_N = (logp_N - behaviour_N).exp().clamp(max=args.is_cap) * mask_N
-    lengths = [len(s.y) for s in micro]
-    means = [r.sum() / m.sum().clamp(min=1) for r, m in zip(ratio_N.split(lengths), mask_N.split(lengths))]
-    return torch.cat([ratio_N[:0], *(w.expand(n) for w, n in zip(means, lengths))])
-
-
-def sdft_loss(h_ND: Tensor, head: Head, targets: list, micro: list[Sample], weight_N: Tensor, args: Args) -> tuple[Tensor, dict]:
-    """Eq. 1 on a micro-batch: the weighted sum of D(teacher, student) over the tokens of y. Baselines: of -log p(c)."""
-    y_N = torch.tensor([token for s in micro for token in s.y], device=h_ND.device)
-    if args.method == "sft":
-        return token_loss(h_ND, head, y_N, lambda logp, n: -weight_N[n] * logp)
-    if args.method == "dft":
-        return token_loss(h_ND, head, y_N, lambda logp, n: -weight_N[n] * logp.detach().exp() * logp)
-    ratio_N = sequence_ratio(h_ND, head, y_N, micro, (weight_N > 0).float(), args) if args.is_cap else torch.ones_like(weight_N)
-    loss, stats = distill_loss(h_ND, head, targets, y_N, weight_N * ratio_N, divergence=args.divergence, beta=args.beta, support=args.support,
-                               topk=args.topk, tail=args.tail, temperature=args.loss_temperature)
-    return loss, {**stats, "ratio": ratio_N}
+    The baselines learn the demonstration's own tokens instead.
+    """
+    y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=h_ND.device)
+    weights = [m / (sum(s.mask) * n["sequences"]) for s in micro for m in s.mask]
+    weight_N = torch.tensor(weights, device=h_ND.device)
+    if args.method != "sdft":
+        logp_N, entropy_N = token_logps(h_ND, head, y_N)
+        scale_N = logp_N.detach().exp() if args.method == "dft" else torch.ones_like(weight_N)
+        return -(weight_N * scale_N * logp_N).sum(), {"logp": logp_N.detach(), "entropy": entropy_N}, weight_N
+    ratio_N = torch.ones_like(weight_N)
+    if args.is_cap:
+        logps_N = torch.tensor([p for s in micro for p in s.logps], device=h_ND.device)
+        with torch.no_grad():
+            logp_N, _ = token_logps(h_ND, head, y_N)
+        ratio_N = sequence_ratio(
+            logp_N, logps_N, (weight_N > 0).float(), [len(s.y) for s in micro], args.is_cap
+        )
+    objective = Objective(args.divergence, args.support, args.topk)
+    loss, stats = distill_loss(h_ND, head, targets, y_N, weight_N * ratio_N, objective)
+    return loss, {**stats, "ratio": ratio_N}, weight_N
 
 
 def check(args: Args, vocabulary: int) -> None:
-    """Combinations of flags that cannot mean what they say."""
-    if args.method == "sdft":
-        check_divergence(args, vocabulary)
+    """InputError for combinations of flags that cannot mean what they say."""
+    Objective(args.divergence, args.support, args.topk).check(vocabulary)
     if args.is_cap and args.generate_from == "teacher":
-        raise InputError("--generate-from teacher learns from the teacher's answers, where the ratio has no meaning; add --is-cap 0")
-    if not 0 <= args.entropy_quantile <= 1:
-        raise InputError(f"--entropy-quantile {args.entropy_quantile}: a share of the tokens in (0, 1], or 0 for all of them")
-    if not 0 <= args.ema_rate <= 1:
-        raise InputError(f"--ema-rate {args.ema_rate}: a rate in [0, 1], the student's share (not the decay)")
+        raise InputError(
+            "--generate-from teacher: the ratio student/sampler has no meaning there; add --is-cap 0"
+        )
+    if args.support == "sampled" and args.generate_from == "teacher":
+        raise InputError("--support sampled needs tokens that the student drew, not --generate-from teacher")
+    if "{prompt}" not in args.template or "{demonstration}" not in args.template:
+        raise InputError("--template needs the placeholders {prompt} and {demonstration}")
 
 
 def main(args: Args) -> None:
     # Whatever can be wrong without weights is found first.
     tokenizer = load_tokenizer(args.model)
     check(args, len(tokenizer))
-    rows = load_rows(args.data, to_training_row)
+    rows = load_rows(args.data, partial(to_training_row, args=args))
     train = tokenize(rows, tokenizer, args)
-    evals = load_evals(args.eval_data, to_row, tokenizer, args)
-    verify = load_verifier(args.verifier)
-    skip = args.skip_tokens if args.method == "sdft" else 0
+    run = start_run(args, tokenizer, train, to_row)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
-    run = start(args)
-    run.say(f"{args.method}: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps of {args.prompts_per_step} prompts x "
-            f"{args.rollouts} on {run.world} x {run.device.type}")
+    run.say(
+        f"{args.method}: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps of "
+        f"{args.prompts_per_step} prompts x {args.rollouts} on {run.world} x {run.device.type}"
+    )
     if args.dry_run:
-        row = train[0]
-        return run.say(f"student reads: {tokenizer.decode(row['prompt_ids'])}\nteacher reads: {tokenizer.decode(row['teacher_ids'])}\n"
-                       f"{planned(run, args.teacher if args.method == 'sdft' else '')}")
+        run.say(f"student reads: {tokenizer.decode(train[0]['prompt_ids'])}")
+        return run.say(f"teacher reads: {tokenizer.decode(train[0]['teacher_ids'])}")
 
-    student = load_model(args.model, run, args.lora_rank, args.activation_checkpointing)
+    student = load_model(args.model, run, args.lora_rank)
     teacher = Teacher(args.teacher, args.ema_rate, student, run) if args.method == "sdft" else None
-    sampler = make_sampler(tokenizer, student, run)
-    optimizer = make_optimizer(student, args)
-    done, score = load_checkpoint(run, student, teacher, optimizer)
-    run.rescue = lambda: save_checkpoint(run, run.done, student, teacher, optimizer, score)
-    begin(run, steps, done)
+    sampler = make_sampler(run, student)
+    train_sampling = Sampling(args.max_completion_tokens)
+    eval_sampling = Sampling(args.max_completion_tokens, args.eval_temperature, args.eval_top_p)
+    done = run.start_training(steps, student, teacher)
     if not done:
-        run.log(0, evaluate(run, student, tokenizer, sampler, evals, verify, 0, score))
+        run.log(0, evaluate(run, sampler, student, 0, eval_sampling))
 
     for step in range(done + 1, steps + 1):
-        rows = batch_rows(train, step, args.prompts_per_step, run, args.seed)
+        rows = run.share(step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed))
 
-        # 1. Answer: y ~ student(.|x), from the weights about to be updated. The baselines take the demonstration instead.
+        # 1. Answer: y ~ student(.|x), from the weights about to be updated. The baselines take c instead.
         with run.timer("generate"):
-            if args.method != "sdft":
-                groups = demonstrations(rows, tokenizer)
+            if teacher:
+                off_policy = args.generate_from == "teacher"
+                model, column = (teacher.model, "teacher_ids") if off_policy else (student, "prompt_ids")
+                prompts, keys = [row[column] for row in rows], [row["rollout_key"] for row in rows]
+                answers = sampler(model, prompts, keys, (TRAIN_STREAM, step), train_sampling)
             else:
-                who, prompts = (student, "prompt_ids") if args.generate_from == "student" else (teacher.model, "teacher_ids")
-                groups = sampler(who, [row[prompts] for row in rows], [row["id"] for row in rows], args.rollouts, (TRAIN_STREAM, step),
-                                 temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
-        answers = [(row, y) for row, group in zip(rows, groups, strict=True) for y in group]
+                words = [row["completion_ids"] for row in rows]
+                answers = [Rollout(ids, [0.0] * len(ids), True) for ids in words]
 
         # 2. Show the teacher the demonstration: its context c stands where the student's prompt stood.
-        samples = [Sample(row["prompt_ids"], row["teacher_ids"] if teacher else [], y.ids, y.logps, [t >= skip for t in range(len(y.ids))])
-                   for row, y in answers if len(y.ids) > skip and (y.finished or args.cut_off != "drop")]
-
+        skip = args.skip_tokens if teacher else 0
+        samples = []
+        for row, y in zip(rows, answers, strict=True):
+            if len(y.ids) > skip and (y.finished or not args.mask_truncated):
+                mask = [t >= skip for t in range(len(y.ids))]
+                samples.append(Sample(row["prompt_ids"], row["teacher_ids"], y.ids, y.logps, mask))
         if args.entropy_quantile:
-            with run.timer("student"):
-                masks = most_uncertain(run, student, [(s.prompt, s.y) for s in samples], [s.mask for s in samples], args.entropy_quantile)
-            samples = [s._replace(mask=mask) for s, mask in zip(samples, masks) if any(mask)]
+            samples = [s for s in most_uncertain(run, student, samples, args.entropy_quantile) if any(s.mask)]
 
-        # 3. Count the answers and loss tokens of all ranks before any backward: the only denominators of this step.
-        n = run.sum(answers=len(answers), length=sum(len(y.ids) for _, y in answers), cut=sum(not y.finished for _, y in answers),
-                    sequences=len(samples), tokens=sum(sum(s.mask) for s in samples))
-        if step == 1 and n["cut"] == n["answers"] and args.cut_off != "keep":
-            raise InputError(f"all {n['answers']:.0f} answers of step 1 were cut off at --max-completion-tokens {args.max_completion_tokens}; "
-                             "raise it, or accept them with --cut-off keep")
+        # 3. Count the answers of all ranks before any backward: the only denominator of this step.
+        n = run.sum(answers=len(answers), sequences=len(samples))
+        lr = learning_rate(step, args, steps if args.schedule == "cosine" else 0)
+        totals = Totals()
 
-        # 4. Distil: the same y scored with c by the teacher and without c by the student; only the student has a gradient.
-        sums = dict.fromkeys(("loss", "divergence", "teacher_logp", "logp", "entropy", "mass_student", "mass_teacher", "ratio"), 0.0)
-        for m, micro in enumerate(micro_batches(samples, lambda s: max(len(s.prompt), len(s.context)) + len(s.y), args.tokens_per_batch)):
+        # 4. Distil: the teacher scores y with c, the student without c; only the student has a gradient.
+        for m, micro in enumerate(micro_batches(samples, args.tokens_per_batch)):
             with run.timer("teacher"):
                 targets = teacher.targets([(s.context, s.y) for s in micro]) if teacher else []
             with run.timer("student"):
-                weight_N = torch.tensor([w for s in micro for w in token_weights(s.mask, n["sequences"], n["tokens"], args.average)],
-                                        device=run.device)
-                loss, stats = on_completions(student, [(s.prompt, s.y) for s in micro], args,
-                                             lambda h_ND, head: sdft_loss(h_ND, head, targets, micro, weight_N, args))
+                h_ND = completion_states(student, [(s.prompt, s.y) for s in micro])
+                loss, stats, weight_N = sdft_loss(h_ND, head_of(student), targets, micro, n, args)
                 loss.backward()
-            sums["loss"] += loss.item()
-            for name, values in stats.items():
-                sums[name] += values[weight_N > 0].sum().item()
-            if teacher and args.generate_from == "student":
-                run.compare(stats["logp"], weight_N, micro)
+            own = teacher and args.generate_from == "student"
+            totals.add(loss, stats, weight_N, [p for s in micro for p in s.logps] if own else None)
             if step == 1 and m == 0 and micro:
-                explain(run, tokenizer, {"student reads": micro[0].prompt, "teacher reads": micro[0].context}, micro[0].y, stats)
+                prompts = {"student reads": micro[0].prompt, "teacher reads": micro[0].context}
+                explain(run, prompts, micro[0].y, stats)
 
-        # 5. Step. Gradients add up over ranks (3 has divided); then teacher <- (1 - rate) teacher + rate student.
+        # 5. Step. Gradients add up over ranks (3 has divided). teacher <- (1 - rate) teacher + rate student.
         with run.timer("optim"):
-            lr = learning_rate(step, steps, args)
-            grad_norm = optimizer_step(optimizer, lr, run) if n["tokens"] else 0.0
-            if teacher:
-                teacher.update()
-        run.done = step                                      # the step that the weights have behind them
+            if n["sequences"]:
+                totals.grad_norms.append(optimizer_step(run, lr))
+                if teacher:
+                    teacher.update()
 
-        # 6. Report what was optimised; evaluate; save.
-        total, tokens = run.sum(**sums), max(n["tokens"], 1)
-        metrics = {"train/loss": total["loss"], "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": n["length"],
-                   "distill/tokens": n["tokens"], "distill/active_frac": n["sequences"] / n["answers"], "rollout/entropy": total["entropy"] / tokens,
-                   "rollout/length": n["length"] / n["answers"], "rollout/cut_frac": n["cut"] / n["answers"]}
-        if teacher:
-            metrics |= {"distill/divergence": total["divergence"] / tokens, "distill/topk_mass_student": total["mass_student"] / tokens,
-                        "distill/topk_mass_teacher": total["mass_teacher"] / tokens, "distill/is_ratio_mean": total["ratio"] / tokens,
-                        "teacher/distance": teacher.distance()}
+        # 6. Evaluate, report, save.
+        metrics = {**totals.metrics(run), **rollout_metrics(run, answers), "train/lr": lr}
+        metrics["distill/active_frac"] = n["sequences"] / n["answers"]
+        metrics["teacher/distance"] = teacher.distance() if teacher else 0.0
         if step % args.eval_every == 0 or step == steps:
-            metrics |= evaluate(run, student, tokenizer, sampler, evals, verify, step, score)
-        run.log(step, metrics)
-        stop = run.stop_requested()
-        if step % args.save_every == 0 or step == steps or stop:
-            save_checkpoint(run, step, student, teacher, optimizer, score)
-        if stop:
-            return run.say(f"stopped after step {step}; go on with: {again()}")
+            metrics |= evaluate(run, sampler, student, step, eval_sampling)
+        if run.end_step(step, metrics):
+            return
 
-    finish(run, student, tokenizer, score)
+    save_results(run, student)
 
 
 if __name__ == "__main__":

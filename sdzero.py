@@ -1,17 +1,19 @@
-"""SD-Zero: Self-Distillation Zero, phase 2 ("Self-Revision Turns Binary Rewards into Dense Supervision", arXiv:2604.12002v1).
+"""SD-Zero: Self-Distillation Zero, phase 2 (arXiv:2604.12002v1).
 
-    minimise   E_{y ~ student(.|x)}  sum_t  D( student(.|x, y_<t),  reviser(.|x, y, P_r, y_<t) )              Eq. 4
+    minimise   E_{y ~ student(.|x)}  sum_t  D( student(.|x, y_<t),  reviser(.|x, y, P_r, y_<t) )      Eq. 4
 
-x question | y the student's own answer | P_r the phrase for its binary verdict r | reviser: the model after srt.py, frozen
+x question | y the student's answer | P_r the phrase for its verdict r | reviser: the frozen model of srt.py
 The reviser reads the whole answer and whether it is right, then scores the same answer again, token by token.
 
-Data   JSON lines with "prompt" and what the verifier wants, usually "answer".
-Run    python srt.py && python sdzero.py                           # the laptop world: CPU, no download, minutes; both phases
+Data   JSON lines with "prompt" and what the verifier reads, usually "answer". OpenR1-Math, DeepScaleR and
+       codeforces-cots rows are mapped.
+Run    python srt.py && python sdzero.py     # the laptop world, both phases: CPU, no download, minutes
        torchrun --nproc-per-node 8 sdzero.py --preset math --model runs/srt-math/last
-       python sdzero.py --model toy:0/model --phrases qwen --out runs/sdzero-without-srt      # phase 2 alone
-Differs from the paper: D is half forward and half reverse KL on the reviser's 64 likeliest tokens, as in the authors' code (Eq. 4
-is the reverse KL: --divergence reverse_kl --support full). From the authors' code: the first copy of y stands without its EOS,
-as in phase 1; an answer too long to be read twice is left out and counted, not cut; questions of phase 1 are not asked again.
+       python sdzero.py --model toy:0/model --phrases qwen --out runs/sdzero-without-srt    # phase 2 alone
+Differs from the paper: D is half forward and half reverse KL on the reviser's 64 likeliest tokens, as in the
+authors' code (Eq. 4 is the reverse KL: --divergence reverse_kl --support full). From the authors' code: the
+first copy of y stands without its EOS, as in phase 1; an answer too long to be read twice is left out and
+counted, not cut; questions of phase 1 are not asked again.
 """
 
 from __future__ import annotations
@@ -25,77 +27,93 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Divergence, Head, InputError, Json, Reviser, RunArgs, Support, Teacher, again, batch_rows,
-                    begin, check_divergence, competition_row, distill_loss, evaluate, evaluate_revision, explain, find, finish, grade, launch,
-                    learning_rate, load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer,
-                    make_sampler, micro_batches, on_completions, optimizer_step, planned, question_key, save_checkpoint, start, tokenize,
-                    without_eos)
+from common import (
+    PHRASES,
+    SOLVED,
+    TRAIN_STREAM,
+    Divergence,
+    InputError,
+    Json,
+    Objective,
+    Reviser,
+    RunArgs,
+    Sampling,
+    Support,
+    Teacher,
+    Totals,
+    as_messages,
+    completion_states,
+    distill_loss,
+    evaluate,
+    explain,
+    find_source,
+    head_of,
+    launch,
+    learning_rate,
+    load_model,
+    load_rows,
+    load_tokenizer,
+    make_sampler,
+    micro_batches,
+    optimizer_step,
+    question_key,
+    revise,
+    rollout_metrics,
+    save_results,
+    start_run,
+    step_rows,
+    tokenize,
+)
 
 
 @dataclass
 class PaperArgs:
     preset: str = "toy"
-    """Where the other flags start from: toy, math, code. Any flag given beside it wins."""
+    """Named set of defaults: toy, math, code. Explicit flags override it."""
 
     # The algorithm, in the paper's order and symbols.
     phrases: Literal["srt.json", "paper", "qwen", "olmo"] = "srt.json"
-    """P_r: what srt.py wrote beside the weights of --model. Another name is for a model without it, which was not trained to revise."""
+    """P_r: what srt.py wrote beside --model; another set is for a model that was not trained to revise."""
     questions: int = 0
-    """N2: train on so many of the rows that srt.py did not use. 0 = on all of them."""
+    """N2: train on this many of the rows that srt.py did not use (paper: 9000); 0 is all of them."""
     divergence: Divergence = "mixed"
-    """D per token. forward_kl = KL(teacher||student), reverse_kl = KL(student||teacher), jsd, mixed = both KLs."""
-    beta: float = 0.5
-    """jsd: weight of the teacher in the mixture and of its KL. mixed: weight of the forward KL. Unused by the plain KLs."""
+    """D a token: forward_kl = KL(teacher||student), reverse_kl = KL(student||teacher), jsd, mixed: both."""
     support: Support = "teacher_topk"
-    """Tokens that D is summed over: the vocabulary, a top-k with a tail bucket, or the sampled token (policy gradient)."""
+    """Tokens that D is summed over: the vocabulary, a renormalised top-k, or the sampled token."""
     topk: int = 64
     """K of a top-k support."""
-    tail: bool = False
-    """Top-k supports: one bucket holds the rest of the mass. --no-tail renormalises both sides on the K tokens."""
-    average: Literal["sequence", "token"] = "token"
-    """token: mean over all tokens of the step. sequence: mean over answers of the mean over tokens."""
-    is_cap: float = 0.0
-    """Importance ratio student/sampler per token, at most this. 0 = no ratio: every step is on-policy."""
     sync_every: int = 0
-    """Self-evolution: the reviser becomes the student as it is, every so many steps. 0 = it stays frozen."""
-    loss_temperature: float = 1.0
-    """Divides the logits of both sides inside D. It is not the temperature of sampling."""
+    """Steps between copies of the student into the reviser (the paper's self-evolution); 0 is none."""
 
     # Model and data.
     model: str = ""
-    """The folder that srt.py saved: the student begins there, and the reviser stays there."""
+    """The folder that srt.py saved; student and reviser both start from it."""
     lora_rank: int = 0
-    """Rank of adapters on every linear layer but the head, alpha = 2 rank. 0 trains all weights."""
+    """Rank of adapters on every linear layer but the head, alpha = 2 rank; 0 trains all weights."""
     data: str = ""
     """Training rows: JSONL, JSON or parquet file, save_to_disk folder, or hub id as name:config@split."""
     eval_data: tuple[str, ...] = ()
-    """Evaluation sets; the first decides which weights are best/, the others watch what is forgotten."""
+    """Evaluation sets; the first decides which weights are best/, the others show what is forgotten."""
     verifier: str = "exact"
-    """Verdict r: exact, choice, tool_use, math, code (in a sandbox), or path.py:function(completion, row) -> reward."""
-    student_chat_kwargs: Json = field(default_factory=dict)
+    """Verdict r: exact, choice, tool_use, math, code, or path.py:function(completion, row) -> reward."""
+    chat_kwargs: Json = field(default_factory=dict)
     """Arguments of the chat template, as JSON; the same as in phase 1."""
     max_prompt_tokens: int = 2048
-    """Longest prompt x. A longer one stops the run, or is left out with --drop-long; nothing is ever cut."""
+    """Longest prompt x; rows with longer ones are left out and counted."""
     max_teacher_tokens: int = 32768
-    """Longest x + y + P_r + y. A longer answer carries no loss and is counted."""
-    drop_long: bool = False
-    """Leave rows with too long prompts out, and say how many."""
+    """Longest x + y + P_r + y; a longer answer carries no loss and is counted."""
 
     # Generation.
     prompts_per_step: int = 128
-    """Questions of one step, over all processes."""
+    """Questions per step, over all processes."""
     rollouts: int = 1
     """Answers per question."""
     max_completion_tokens: int = 16384
     """Longest answer, in training and evaluation."""
     temperature: float = 0.7
-    """Of sampling answers to learn from. 0 = greedy."""
-    top_p: float = 1.0
-    """Nucleus of sampling; below 1 it needs --is-cap 0."""
-    top_k: int = 0
-    """Sampling from the k likeliest tokens only; 0 = all. Otherwise it needs --is-cap 0."""
-    cut_off: Literal["auto", "keep", "drop"] = "auto"
-    """Answers cut off at the limit: keep them (authors' code), drop them, or auto = keep, but stop if step 1 has no other."""
+    """Sampling temperature of the answers to learn from; 0 is greedy."""
+    mask_truncated: bool = False
+    """Leave out answers that were cut off at the limit; the authors' code keeps them."""
 
     # Optimisation.
     epochs: float = 1.0
@@ -103,231 +121,268 @@ class PaperArgs:
     steps: int = 0
     """Optimiser steps; above 0 it replaces --epochs."""
     lr: float = 5e-6
-    """Peak learning rate of AdamW."""
-    schedule: Literal["cosine", "constant"] = "constant"
-    """After warm-up: cosine to zero, or constant."""
+    """AdamW learning rate."""
     warmup: int = 20
     """Steps of linear warm-up."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """AdamW weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
-    grad_clip: float = 1.0
-    """Largest gradient norm; 0 = no clipping."""
+    """AdamW betas."""
 
     # Evaluation.
     eval_every: int = 20
-    """Steps between evaluations; one before the first step and one after the last are always made."""
+    """Steps between evaluations; there is always one before the first step and one after the last."""
     eval_samples: int = 8
-    """Answers per evaluation prompt: avg@n and pass@n."""
-    eval_revisions: bool = True
-    """At every evaluation also generate, then revise: revise/first, revised, wrong_to_right, right_to_right and lengths."""
+    """Answers per evaluation prompt, for avg@n and pass@n."""
     eval_temperature: float = 0.7
-    """Of evaluation; 0 = greedy."""
+    """Sampling temperature of evaluation; 0 is greedy."""
     eval_top_p: float = 1.0
     """Nucleus of evaluation."""
-    localise: bool = False
-    """Draw localisation.png: the divergence of each token of one wrong and one right answer of the first step (figure 4)."""
 
 
 @dataclass
 class Args(RunArgs, PaperArgs):
-    """The paper's flags, then those of every script: the machine and the run."""
+    """The paper's flags, then those of every script."""
 
 
-# Appendix C, tables 3-6: lr, K, one answer, one epoch, temperature, 16K tokens. It prints no batch size, warm-up, schedule, weight decay
-# or evaluation temperature: 128, 20 steps, constant, .01 are the authors' code's; evaluation samples as training does.
+# Appendix C, tables 3-6: lr, K, one answer, one epoch, temperature, 16K tokens. It prints no batch size,
+# warm-up, schedule, weight decay or evaluation temperature: 128, 20 steps, constant and 0.01 are those of the
+# authors' code; evaluation samples as training does.
 PRESETS: dict[str, dict] = {
     # Chosen on seed 0 of the laptop world.
-    "toy": dict(model="runs/srt-toy/last", data="toy:0/add-train.jsonl", eval_data=("toy:0/add-eval.jsonl", "toy:0/prior-eval.jsonl"),
-                verifier="toy:last", support="full", max_prompt_tokens=64, max_teacher_tokens=256, max_completion_tokens=40, temperature=1.0,
-                engine_cache_gib=0.25, prompts_per_step=64, steps=40, lr=2e-4, warmup=5, weight_decay=0.0, adam_betas=(0.9, 0.95),
-                tokens_per_batch=8192, eval_every=5, eval_samples=1, eval_temperature=1.0, seed=0),
-    # The 15K problems of phase 1 without those that it used; in the code DeepScaleR (--data agentica-org/DeepScaleR-Preview-Dataset).
-    "math": dict(model="runs/srt-math/last", data="open-r1/OpenR1-Math-220k:default@train", verifier="math", questions=9000),
-    "code": dict(model="runs/srt-code/last", data="open-r1/codeforces-cots:solutions_py@train", verifier="code", questions=9000),
+    "toy": dict(
+        model="runs/srt-toy/last",
+        data="toy:0/add-train.jsonl",
+        eval_data=("toy:0/add-eval.jsonl", "toy:0/prior-eval.jsonl"),
+        verifier="toy:last",
+        support="full",
+        max_prompt_tokens=64,
+        max_teacher_tokens=256,
+        max_completion_tokens=40,
+        temperature=1.0,
+        engine_cache_gib=0.25,
+        prompts_per_step=64,
+        steps=40,
+        lr=2e-4,
+        warmup=5,
+        weight_decay=0.0,
+        adam_betas=(0.9, 0.95),
+        tokens_per_batch=8192,
+        eval_every=5,
+        eval_samples=1,
+        eval_temperature=1.0,
+        seed=0,
+    ),
+    # The 15K problems of phase 1 without those that it used; the authors' code takes DeepScaleR
+    # (--data agentica-org/DeepScaleR-Preview-Dataset).
+    "math": dict(
+        model="runs/srt-math/last",
+        data="open-r1/OpenR1-Math-220k:default@train",
+        verifier="math",
+        questions=9000,
+    ),
+    "code": dict(
+        model="runs/srt-code/last",
+        data="open-r1/codeforces-cots:solutions_py@train",
+        verifier="code",
+        questions=9000,
+    ),
 }
 
 
 class Sample(NamedTuple):
-    prompt: list[int]                                        # x: what the student reads
-    context: list[int]                                       # x, y, P_r: what the reviser reads
-    y: list[int]                                             # what both score; the reviser's second copy
-    logps: list[float]                                       # of y under the sampler
-    solved: bool                                             # the verdict r
+    prompt: list  # x: what the student reads
+    context: list  # x, y, P_r: what the reviser reads
+    y: list  # what both score: the reviser's second copy, the student's only one
+    logps: list  # of y under the sampler
+    solved: bool  # the verdict r
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + len(self.y)
+
+
+SYSTEM = "You are a helpful assistant that solves {} problems step by step."
+
+
+def competition_row(raw: dict) -> dict:
+    """OpenR1-Math, DeepScaleR and codeforces-cots as the authors ask them, with what the verifier reads."""
+    row = dict(raw)
+    if "input_format" in raw:  # codeforces-cots
+        system = {"role": "system", "content": SYSTEM.format("coding")}
+        row["prompt"] = [system, {"role": "user", "content": raw["prompt"]}]
+        inputs, outputs = ([case[name] for case in raw["examples"]] for name in ("input", "output"))
+        row["tests"] = {"inputs": inputs, "outputs": outputs, "testtype": "stdin"}
+    elif "problem" in raw and "prompt" not in raw:
+        system = {"role": "system", "content": SYSTEM.format("math")}
+        question = (
+            f"{raw['problem']}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+        )
+        row["prompt"] = [system, {"role": "user", "content": question}]
+    row["prompt"] = as_messages(row["prompt"])
+    return row
 
 
 def read_reviser(args: Args) -> Reviser:
-    """What srt.py wrote beside the model; refused when it is not there, for then nobody has learnt to revise."""
-    file = Path(find(args.model)) / "srt.json"
-    if args.phrases != "srt.json":
-        return Reviser(*PHRASES[args.phrases], "\n\n", args.student_chat_kwargs, [])
+    """What srt.py wrote beside the model; InputError if it is missing or contradicts the flags."""
+    file, given = Path(find_source(args.model)) / "srt.json", PHRASES.get(args.phrases)
     if not file.is_file():
-        raise InputError(f"--model {args.model}: no srt.json there, so it was not trained to revise itself; run srt.py first and give its last/ or "
-                         "best/ folder, or skip phase 1 with --phrases paper")
-    saved = json.loads(file.read_text())
+        if given:
+            return Reviser(*given, args.chat_kwargs, [])
+        raise InputError(
+            f"--model {args.model}: no srt.json there, so it was not trained to revise itself; run srt.py "
+            "first and use its last/ or best/ folder, or skip phase 1 with --phrases paper"
+        )
+    saved = json.loads(file.read_text(encoding="utf-8"))
     reviser = Reviser(**{name: saved[name] for name in Reviser._fields})
-    if reviser.chat_kwargs != args.student_chat_kwargs:
-        raise InputError(f"--student-chat-kwargs {json.dumps(args.student_chat_kwargs)}: {file} was trained with {json.dumps(reviser.chat_kwargs)}; "
-                         "give the same")
+    if given and given != (reviser.right, reviser.wrong):
+        trained = f"{reviser.right!r} and {reviser.wrong!r}"
+        raise InputError(f"--phrases {args.phrases}: {file} was trained with {trained}; leave --phrases out")
+    if reviser.chat_kwargs != args.chat_kwargs:
+        ours, theirs = json.dumps(args.chat_kwargs), json.dumps(reviser.chat_kwargs)
+        raise InputError(f"--chat-kwargs {ours}: {file} was trained with {theirs}; use the same")
     return reviser
 
 
-def fresh_questions(rows: list[dict], reviser: Reviser, args: Args) -> list[dict]:
-    """The questions that phase 1 did not use."""
+def fresh_questions(rows: list, reviser: Reviser, args: Args) -> list:
+    """The rows that phase 1 did not use."""
     used = set(reviser.questions)
-    left = [row for row in rows if question_key(row["prompt"]) not in used]
-    if not left:
-        raise InputError(f"{args.data}: all {len(rows)} questions belong to phase 1; give more data, or collect with fewer --questions in srt.py")
-    return left
+    fresh = [row for row in rows if question_key(row["prompt"]) not in used]
+    if not fresh:
+        raise InputError(
+            f"--data {args.data}: phase 1 used all {len(rows)} questions; use more data, or collect with "
+            "fewer --questions in srt.py"
+        )
+    return fresh
 
 
-def sdzero_loss(h_ND: Tensor, head: Head, targets: list, micro: list[Sample], weight_N: Tensor, args: Args) -> tuple[Tensor, dict]:
-    """Eq. 4 on a micro-batch: the weighted sum of D(student, reviser) over the tokens of y."""
-    y_N = torch.tensor([token for s in micro for token in s.y], device=h_ND.device)
-    behaviour_N = torch.tensor([p for s in micro for p in s.logps], device=h_ND.device) if args.is_cap else None
-    return distill_loss(h_ND, head, targets, y_N, weight_N, divergence=args.divergence, beta=args.beta, support=args.support, topk=args.topk,
-                        tail=args.tail, temperature=args.loss_temperature, behaviour_logp_N=behaviour_N, is_cap=args.is_cap)
+def objective_of(args: Args) -> Objective:
+    """D of the authors' code: a top-k support is renormalised, and both KLs weigh the same."""
+    return Objective(args.divergence, args.support, args.topk, tail=False, beta=0.5)
+
+
+def sdzero_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args: Args) -> tuple:
+    """Eq. 4 on a micro-batch, as a mean over all tokens of the step: (loss, statistics, weights)."""
+    y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=h_ND.device)
+    weight_N = torch.full((len(y_N),), 1 / max(n["tokens"], 1), device=h_ND.device)
+    loss, stats = distill_loss(h_ND, head, targets, y_N, weight_N, objective_of(args))
+    return loss, stats, weight_N
 
 
 def main(args: Args) -> None:
     # Whatever can be wrong without weights is found first.
     if not args.model:
-        raise InputError("no --model given; it takes the folder that srt.py saved, such as runs/srt-math/last")
+        raise InputError("--model is missing: the folder that srt.py saved, such as runs/srt-math/last")
     reviser = read_reviser(args)
     tokenizer = load_tokenizer(args.model)
-    check_divergence(args, len(tokenizer))
+    objective_of(args).check(len(tokenizer))
     rows = load_rows(args.data, competition_row)
-    train = tokenize(fresh_questions(rows, reviser, args), tokenizer, args)[:args.questions or None]
-    evals = load_evals(args.eval_data, competition_row, tokenizer, args)
-    verify = load_verifier(args.verifier)
+    fresh = fresh_questions(rows, reviser, args)
+    fitting = tokenize(fresh, tokenizer, args)
+    train = fitting[: args.questions or None]
+    run = start_run(args, tokenizer, train, competition_row)
+    run.files["srt.json"] = json.dumps(reviser._asdict(), indent=1)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
-    run = start(args)
-    run.say(f"sdzero: {len(train)} of {len(rows)} rows ({len(reviser.questions)} questions belong to phase 1), {steps} steps of "
-            f"{args.prompts_per_step} questions x {args.rollouts} on {run.world} x {run.device.type}")
+    run.say(
+        f"sdzero: {len(train)} of {len(rows)} rows ({len(rows) - len(fresh)} used in phase 1, "
+        f"{len(fresh) - len(fitting)} too long, left out), {steps} steps of {args.prompts_per_step} "
+        f"questions x {args.rollouts} on {run.world} x {run.device.type}"
+    )
     if args.dry_run:
         prompt = train[0]["prompt_ids"]
-        return run.say(f"student reads: {tokenizer.decode(prompt)}\nteacher reads, after an empty wrong answer: "
-                       f"{tokenizer.decode(prompt + reviser.phrase_ids(tokenizer, False))}\n{planned(run, 'base')}")
+        run.say(f"student reads: {tokenizer.decode(prompt)}")
+        told = tokenizer.decode(prompt + reviser.phrase_ids(tokenizer, False))
+        return run.say(f"teacher reads, after an empty wrong answer: {told}")
 
-    student = load_model(args.model, run, args.lora_rank, args.activation_checkpointing)
-    teacher = Teacher("ema", 1.0, student, run)              # a copy of the student; each update makes it the student again
-    run.files["srt.json"] = json.dumps(reviser._asdict(), indent=1)
-    sampler = make_sampler(tokenizer, student, run)
-    optimizer = make_optimizer(student, args)
-    done, score = load_checkpoint(run, student, teacher, optimizer)
-    run.rescue = lambda: save_checkpoint(run, run.done, student, teacher, optimizer, score)
-    begin(run, steps, done)
-    measure = lambda step: {**evaluate(run, student, tokenizer, sampler, evals, verify, step, score), **(evaluate_revision(
-        run, student, tokenizer, sampler, next(iter(evals.values())), verify, reviser) if evals and args.eval_revisions else {})}
+    student = load_model(args.model, run, args.lora_rank)
+    teacher = Teacher("base", 0.0, student, run)
+    sampler = make_sampler(run, student)
+    train_sampling = Sampling(args.max_completion_tokens, args.temperature)
+    untempered = args.temperature == 1  # then sampler and loss mean the same distribution
+    eval_sampling = Sampling(args.max_completion_tokens, args.eval_temperature, args.eval_top_p)
+    done = run.start_training(steps, student, teacher)
     if not done:
-        run.log(0, measure(0))
+        measured = evaluate(run, sampler, student, 0, eval_sampling)
+        run.log(0, measured | revise(run, sampler, student, eval_sampling, reviser))
 
     for step in range(done + 1, steps + 1):
-        rows = batch_rows(train, step, args.prompts_per_step, run, args.seed)
+        rows = run.share(step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed))
 
         # 1. Answer: y ~ student(.|x), from the weights about to be updated.
         with run.timer("generate"):
-            groups = sampler(student, [row["prompt_ids"] for row in rows], [row["id"] for row in rows], args.rollouts, (TRAIN_STREAM, step),
-                             temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
-        answers = [(row, y) for row, group in zip(rows, groups, strict=True) for y in group]
+            prompts, keys = [row["prompt_ids"] for row in rows], [row["rollout_key"] for row in rows]
+            answers = sampler(student, prompts, keys, (TRAIN_STREAM, step), train_sampling)
 
         # 2. Verdict: r, right or wrong, and with it the phrase P_r.
         with run.timer("verify"):
-            graded = grade(run, verify, [(tokenizer.decode(y.ids, skip_special_tokens=True), row) for row, y in answers])
-            solved = [reward >= SOLVED for reward, _ in graded]
+            rewards = [reward for reward, _ in run.grade(rows, answers)]
 
-        # 3. Show the reviser the answer and its verdict: x, y without its EOS, P_r. Right and wrong answers teach alike.
-        samples, long = [], 0
-        for (row, y), r in zip(answers, solved, strict=True):
-            context = row["prompt_ids"] + without_eos(y) + reviser.phrase_ids(tokenizer, r)
+        # 3. Show the reviser x, y without its EOS, and P_r. Right and wrong answers teach alike.
+        solved = [reward >= SOLVED for reward in rewards]
+        samples, too_long = [], 0
+        for row, y, r in zip(rows, answers, solved, strict=True):
+            context = row["prompt_ids"] + y.without_eos() + reviser.phrase_ids(tokenizer, r)
             if len(context) + len(y.ids) > args.max_teacher_tokens:
-                long += 1
-            elif y.finished or args.cut_off != "drop":
+                too_long += 1
+            elif y.finished or not args.mask_truncated:
                 samples.append(Sample(row["prompt_ids"], context, y.ids, y.logps, r))
 
-        # 4. Count the answers and tokens of all ranks before any backward: the only denominators of this step.
-        n = run.sum(answers=len(answers), length=sum(len(y.ids) for _, y in answers), cut=sum(not y.finished for _, y in answers), long=long,
-                    reward=sum(reward for reward, _ in graded), sequences=len(samples), tokens=sum(len(s.y) for s in samples))
-        if step == 1 and n["cut"] == n["answers"] and args.cut_off != "keep":
-            raise InputError(f"all {n['answers']:.0f} answers of step 1 were cut off at --max-completion-tokens {args.max_completion_tokens}; "
-                             "raise it, or accept them with --cut-off keep")
+        # 4. Count the tokens of all ranks before any backward: the only denominator of this step.
+        n = run.sum(
+            answers=len(answers),
+            sequences=len(samples),
+            tokens=sum(len(s.y) for s in samples),
+            too_long=too_long,
+            reward=sum(rewards),
+        )
+        lr, totals = learning_rate(step, args), Totals()
+        by_verdict = dict.fromkeys(("right", "right_tokens", "wrong", "wrong_tokens"), 0.0)
 
-        # 5. Distil: the reviser scores its second copy of y, the student its only one; only the student has a gradient.
-        sums = dict.fromkeys(("loss", "divergence", "teacher_logp", "logp", "entropy", "mass_student", "mass_teacher", "ratio", "right", "right_n"), 0.0)
-        scored = []
-        for micro in micro_batches(samples, lambda s: len(s.context) + len(s.y), args.tokens_per_batch):
+        # 5. Distil: the reviser scores its second copy of y; only the student has a gradient.
+        for m, micro in enumerate(micro_batches(samples, args.tokens_per_batch)):
             with run.timer("teacher"):
                 targets = teacher.targets([(s.context, s.y) for s in micro])
             with run.timer("student"):
-                weight_N = torch.tensor([1 / (len(s.y) * n["sequences"]) if args.average == "sequence" else 1 / n["tokens"] for s in micro for _ in s.y],
-                                        device=run.device)
-                loss, stats = on_completions(student, [(s.prompt, s.y) for s in micro], args,
-                                             lambda h_ND, head: sdzero_loss(h_ND, head, targets, micro, weight_N, args))
+                h_ND = completion_states(student, [(s.prompt, s.y) for s in micro])
+                loss, stats, weight_N = sdzero_loss(h_ND, head_of(student), targets, micro, n, args)
                 loss.backward()
-            sums["loss"] += loss.item()
-            for name, values in stats.items():
-                sums[name] += values.sum().item()
-            run.compare(stats["logp"], weight_N, micro)
-            right_N = torch.tensor([s.solved for s in micro for _ in s.y], device=run.device).bool()
-            sums["right"] += stats["divergence"][right_N].sum().item()
-            sums["right_n"] += right_N.sum().item()
-            if step == 1:
-                scored += zip(micro, stats["divergence"].split([len(s.y) for s in micro]))
-                if 0 < len(scored) == len(micro):
-                    explain(run, tokenizer, {"student reads": micro[0].prompt, "teacher reads": micro[0].context}, micro[0].y, stats)
-        if step == 1 and args.localise and run.main:
-            draw_localisation(run.out / "localisation.png", scored, tokenizer)
+            drawn = [p for s in micro for p in s.logps]
+            totals.add(loss, stats, weight_N, drawn if untempered else None)
+            right_N = torch.tensor(
+                [s.solved for s in micro for _ in s.y], dtype=torch.bool, device=run.device
+            )
+            for verdict, part_N in (("right", right_N), ("wrong", ~right_N)):
+                by_verdict[verdict] += stats["divergence"][part_N].sum().item()
+                by_verdict[f"{verdict}_tokens"] += part_N.sum().item()
+            if step == 1 and m == 0 and micro:
+                prompts = {"student reads": micro[0].prompt, "teacher reads": micro[0].context}
+                explain(run, prompts, micro[0].y, stats)
 
-        # 6. Step. Gradients add up over ranks (4 has divided); the reviser stays, or now and then becomes the student.
+        # 6. Step. Gradients add up over ranks (4 has divided); now and then the reviser becomes the student.
         with run.timer("optim"):
-            lr = learning_rate(step, steps, args)
-            grad_norm = optimizer_step(optimizer, lr, run) if n["tokens"] else 0.0
+            if n["tokens"]:
+                totals.grad_norms.append(optimizer_step(run, lr))
             if args.sync_every and step % args.sync_every == 0:
-                teacher.update()
-        run.done = step                                      # the step that the weights have behind them
+                teacher.sync()
 
-        # 7. Report what was optimised; evaluate; save.
-        total, tokens = run.sum(**sums), max(n["tokens"], 1)
-        metrics = {"train/loss": total["loss"], "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": n["length"],
-                   "distill/tokens": n["tokens"], "distill/active_frac": n["sequences"] / n["answers"],
-                   "distill/divergence": total["divergence"] / tokens, "distill/divergence_right": total["right"] / max(total["right_n"], 1),
-                   "distill/divergence_wrong": (total["divergence"] - total["right"]) / max(tokens - total["right_n"], 1),
-                   "distill/topk_mass_student": total["mass_student"] / tokens, "distill/topk_mass_teacher": total["mass_teacher"] / tokens,
-                   "distill/is_ratio_mean": total["ratio"] / tokens, "rollout/reward": n["reward"] / n["answers"],
-                   "rollout/entropy": total["entropy"] / tokens, "rollout/length": n["length"] / n["answers"], "rollout/cut_frac": n["cut"] / n["answers"],
-                   "teacher/dropped_prompts": n["long"], "teacher/distance": teacher.distance()}
+        # 7. Evaluate, report, save.
+        metrics = {**totals.metrics(run), **rollout_metrics(run, answers), "train/lr": lr}
+        n |= run.sum(**by_verdict)
+        for verdict in ("right", "wrong"):
+            metrics[f"distill/divergence_{verdict}"] = n[verdict] / max(n[f"{verdict}_tokens"], 1)
+        metrics |= {
+            "distill/active_frac": n["sequences"] / n["answers"],
+            "rollout/reward": n["reward"] / n["answers"],
+            "teacher/dropped_prompts": n["too_long"],
+            "teacher/distance": teacher.distance(),
+        }
         if step % args.eval_every == 0 or step == steps:
-            metrics |= measure(step)
-        run.log(step, metrics)
-        stop = run.stop_requested()
-        if step % args.save_every == 0 or step == steps or stop:
-            save_checkpoint(run, step, student, teacher, optimizer, score)
-        if stop:
-            return run.say(f"stopped after step {step}; go on with: {again()}")
+            metrics |= evaluate(run, sampler, student, step, eval_sampling)
+            metrics |= revise(run, sampler, student, eval_sampling, reviser)
+        if run.end_step(step, metrics):
+            return
 
-    finish(run, student, tokenizer, score)
-
-
-def draw_localisation(file: Path, scored: list[tuple[Sample, Tensor]], tokenizer: Any) -> None:
-    """Figure 4: where the divergence sits in a wrong and in a right answer, and the mean share of it in the heaviest tenth of the tokens."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 1, figsize=(9, 4.5), squeeze=False, sharey=True)
-    for axis, name, solved in zip(axes[:, 0], ("wrong", "right"), (False, True)):
-        group = [(s, d) for s, d in scored if s.solved == solved and d.sum() > 0]
-        shares = [(d.sort(descending=True).values[:math.ceil(len(d) / 10)].sum() / d.sum()).item() for _, d in group]
-        if group:
-            sample, divergence = group[0]
-            axis.bar(range(len(divergence)), divergence.tolist())
-            if len(divergence) <= 60:
-                axis.set_xticks(range(len(divergence)), [repr(tokenizer.decode([token]))[1:-1] for token in sample.y], rotation=60, fontsize=7)
-            axis.set_title(f"a {name} answer; over {len(group)} of them the heaviest tenth of the tokens has {sum(shares) / len(shares):.0%}", fontsize=9)
-        axis.set_ylabel("divergence")
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    save_results(run, student)
 
 
 if __name__ == "__main__":

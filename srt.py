@@ -1,109 +1,131 @@
-"""SRT: Self-Revision Training, phase 1 of "Self-Distillation Zero: Self-Revision Turns Binary Rewards into Dense Supervision" (arXiv:2604.12002v1).
+"""SRT: Self-Revision Training, phase 1 of SD-Zero ("Self-Distillation Zero", arXiv:2604.12002v1).
 
     minimise   E_{y0 ~ student(.|x), y1 ~ student(.|x, y0, P_r) with r(y1) = 1}
-                   - log student(y1 | x, y0, P_r)  -  log student(y0, P_r, y1 | x)                              Eq. 1-3
+                   - log student(y1 | x, y0, P_r)  -  log student(y0, P_r, y1 | x)                   Eq. 1-3
 
-x question | y0 first attempt | P_r the phrase for its verdict r: "rephrase" or "wrong" | y1 the revision, in the same turn
-The model collects its own revisions, keeps those that verify, and learns to revise (first term) and to answer so unasked (second).
+x question | y0 first attempt | P_r the phrase for its verdict r | y1 the revision, in the same assistant turn
+The model collects its own revisions, keeps those that verify, and learns to revise (first term) and to answer
+so unasked (second term).
 
-Data   JSON lines with "prompt" and what the verifier wants, usually "answer".
-Run    python srt.py && python sdzero.py                           # the laptop world: CPU, no download, minutes; both phases
-       torchrun --nproc-per-node 8 srt.py --preset math --collect-only       # writes revisions.jsonl; trains on it with --resume
-       python srt.py --method rft --out runs/rft-toy               # the baseline: trained on its own right answers
-Writes best/ and last/ with srt.json: the phrases, the chat arguments and the questions used, which sdzero.py reads.
-Differs from the authors' code: one joint loss, as in the paper (--loss sequential: their two runs); right attempts are revised
-too (paper; --no-revise-right: theirs); y0 and P_r stand in the assistant's turn in both phases; one prompt format throughout.
+Data   JSON lines with "prompt" and what the verifier reads, usually "answer". OpenR1-Math, DeepScaleR and
+       codeforces-cots rows are mapped.
+Run    python srt.py && python sdzero.py     # the laptop world, both phases: CPU, no download, minutes
+       torchrun --nproc-per-node 8 srt.py --preset math --collect-only  # with --resume instead: trains on it
+       python srt.py --method rft --out runs/rft-toy    # the baseline: trained on its own right answers
+Writes best/ and last/ with srt.json (phrases, chat arguments and questions used), which sdzero.py reads.
+Differs from the authors' code: one joint loss, as in the paper (--loss sequential: their two runs); right
+attempts are revised too (paper; --no-revise-right: theirs); y0 and P_r always stand in the assistant's turn.
 """
 
 from __future__ import annotations
 
-import hashlib
+import collections
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from common import (PHRASES, SOLVED, TRAIN_STREAM, Head, InputError, Json, Reviser, Run, RunArgs, Sampler, again, append_jsonl, barrier,
-                    batch_rows, begin, competition_row, epoch_order, evaluate, evaluate_revision, explain, finish, grade, launch, learning_rate,
-                    load_checkpoint, load_evals, load_model, load_rows, load_tokenizer, load_verifier, make_optimizer, make_sampler,
-                    micro_batches, on_completions, optimizer_step, planned, question_key, read_jsonl, remove, save_checkpoint, start, token_loss,
-                    tokenize, without_eos)
+from common import (
+    PHRASES,
+    SOLVED,
+    TRAIN_STREAM,
+    InputError,
+    Json,
+    Reviser,
+    Rollout,
+    Run,
+    RunArgs,
+    Sampling,
+    append_jsonl,
+    as_messages,
+    completion_states,
+    evaluate,
+    explain,
+    head_of,
+    launch,
+    learning_rate,
+    load_model,
+    load_rows,
+    load_tokenizer,
+    make_optimizer,
+    make_sampler,
+    micro_batches,
+    naming_row,
+    optimizer_step,
+    question_key,
+    read_jsonl,
+    revise,
+    save_results,
+    start_run,
+    step_rows,
+    token_logps,
+    tokenize,
+)
 
 
 @dataclass
 class PaperArgs:
     preset: str = "toy"
-    """Where the other flags start from: toy, math, code. Any flag given beside it wins."""
+    """Named set of defaults: toy, math, code. Explicit flags override it."""
 
     # The algorithm, in the paper's order and symbols.
     method: Literal["srt", "rft"] = "srt"
-    """srt; or the baseline rft = -log p(y0) of the first attempts that verify, without any revision."""
+    """srt, or the baseline rft = -log p(y0) of the first attempts that verify, without any revision."""
     questions: int = 0
-    """N1: collect on so many of the rows, in seeded order; sdzero.py leaves them out. 0 = all."""
+    """N1: collect on this many rows, in seeded order; sdzero.py leaves them out. 0 is all rows."""
     target: int = 0
-    """Stop collecting once so many are kept. 0 = go through all questions."""
+    """Stop collecting once this many records are kept; 0 goes through all questions."""
     attempts: int = 1
     """First attempts y0 per question."""
     revisions: int = 3
     """Revisions y1 per attempt."""
     phrases: Literal["paper", "qwen", "olmo"] = "paper"
-    """P_r, from common.PHRASES: the paper's, or those of the authors' code for a family of models."""
-    separator: str = "\n\n"
-    """Stands before and after P_r."""
+    """P_r: the paper's, or those of the authors' code for a family of models."""
     revise_right: bool = True
     """Revise right attempts as well (paper). --no-revise-right: only wrong ones (authors' code)."""
     keep: Literal["verified", "all"] = "verified"
     """Revisions to train on: those that verify, or all of them (the paper's ablation)."""
-    clean: bool = True
-    """Cut repetitions off the ends of y0 and y1, and openings such as "Thank you for ..." off y1; what then fails is not kept."""
     loss: Literal["joint", "generation", "revision", "sequential"] = "joint"
-    """joint = both terms (Eq. 3), generation or revision alone, or sequential = the authors' code: first the generation loss on
+    """joint = both terms (Eq. 3), one of them, or sequential = the authors' code: the generation loss on
     revisions of wrong attempts, then the revision loss on --stage-two others, each for all epochs."""
     stage_two: int = 1000
-    """sequential: so many revisions go to the second stage, those of right attempts first."""
-    average: Literal["token", "sequence"] = "token"
-    """token: each term is a mean over its tokens. sequence: a mean over revisions of the mean over tokens."""
+    """sequential: number of revisions in the second stage, those of right attempts first."""
     collect_only: bool = False
     """Stop when revisions.jsonl is written. The same command with --resume in its place trains on it."""
     train_only: str = ""
-    """Train on this revisions.jsonl, of another run, instead of collecting."""
+    """Train on the revisions.jsonl of another run instead of collecting."""
 
     # Model and data.
     model: str = "Qwen/Qwen3-4B-Instruct-2507"
-    """Folder or hub id of the student; a chat model."""
+    """Folder or hub id of the student, a chat model."""
     lora_rank: int = 0
-    """Rank of adapters on every linear layer but the head, alpha = 2 rank. 0 trains all weights."""
+    """Rank of adapters on every linear layer but the head, alpha = 2 rank; 0 trains all weights."""
     data: str = ""
     """Training rows: JSONL, JSON or parquet file, save_to_disk folder, or hub id as name:config@split."""
     eval_data: tuple[str, ...] = ()
-    """Evaluation sets; the first decides which weights are best/, the others watch what is forgotten."""
+    """Evaluation sets; the first decides which weights are best/, the others show what is forgotten."""
     verifier: str = "exact"
-    """Verdict r: exact, choice, tool_use, math, code (in a sandbox), or path.py:function(completion, row) -> reward."""
-    student_chat_kwargs: Json = field(default_factory=dict)
-    """Arguments of the chat template, as JSON."""
+    """Verdict r: exact, choice, tool_use, math, code, or path.py:function(completion, row) -> reward."""
+    chat_kwargs: Json = field(default_factory=dict)
+    """Arguments of the chat template, as JSON: '{"enable_thinking": false}'."""
     max_prompt_tokens: int = 2048
-    """Longest prompt x. A longer one stops the run, or is left out with --drop-long; nothing is ever cut."""
+    """Longest prompt x; rows with longer ones are left out and counted."""
     max_tokens: int = 32768
     """Longest x + y0 + P_r + y1 to train on; a longer one is not kept, and counted."""
-    drop_long: bool = False
-    """Leave rows with too long prompts out, and say how many."""
 
     # Generation.
     collect_batch: int = 64
-    """Questions collected at once, over all processes; what is done survives a kill."""
+    """Questions collected at once, over all processes; finished batches survive a kill."""
     max_completion_tokens: int = 16384
     """Longest y0 and longest y1, in collection and evaluation."""
     temperature: float = 0.7
-    """Of sampling y0 and y1. 0 = greedy."""
-    top_p: float = 1.0
-    """Nucleus of sampling."""
-    top_k: int = 0
-    """Sampling from the k likeliest tokens only; 0 = all."""
+    """Sampling temperature of y0 and y1; 0 is greedy."""
 
     # Optimisation.
     prompts_per_step: int = 4
@@ -113,327 +135,375 @@ class PaperArgs:
     steps: int = 0
     """Optimiser steps of each stage; above 0 it replaces --epochs."""
     lr: float = 5e-6
-    """Peak learning rate of AdamW."""
+    """Peak AdamW learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After warm-up: cosine to zero, or constant."""
     warmup: int = 150
     """Steps of linear warm-up."""
     weight_decay: float = 1e-4
-    """Of AdamW."""
+    """AdamW weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
-    grad_clip: float = 1.0
-    """Largest gradient norm; 0 = no clipping."""
+    """AdamW betas."""
 
     # Evaluation.
     eval_every: int = 500
-    """Steps between evaluations; one before the first step and one after the last are always made."""
+    """Steps between evaluations; there is always one before the first step and one after the last."""
     eval_samples: int = 8
-    """Answers per evaluation prompt: avg@n and pass@n."""
-    eval_revisions: bool = True
-    """At every evaluation also generate, then revise: revise/first, revised, wrong_to_right, right_to_right and lengths."""
+    """Answers per evaluation prompt, for avg@n and pass@n."""
     eval_temperature: float = 0.7
-    """Of evaluation; 0 = greedy."""
+    """Sampling temperature of evaluation; 0 is greedy."""
     eval_top_p: float = 1.0
     """Nucleus of evaluation."""
 
 
 @dataclass
 class Args(RunArgs, PaperArgs):
-    """The paper's flags, then those of every script: the machine and the run."""
+    """The paper's flags, then those of every script."""
 
-    save_every: int = 500                                    # as often as it evaluates
+    save_every: int = 500  # as often as it evaluates
 
 
-# Appendix C, tables 3-6. It prints no batch size, warm-up, weight decay or evaluation temperature: 4, .05 of the steps (150 of 3000),
-# 1e-4 and betas .9/.95 are the authors' code's; evaluation samples as training does.
+# Appendix C, tables 3-6. It prints no batch size, warm-up, weight decay or evaluation temperature: 4, 0.05 of
+# the steps (150 of 3000), 1e-4 and betas 0.9, 0.95 are the authors' code's; evaluation samples as training.
 PRESETS: dict[str, dict] = {
-    # Chosen on seed 0 of the laptop world. Its corpus knows the phrases of the authors' code; and where half of y0, P_r, y1 is P_r, a
-    # joint loss mostly learns to say P_r.
-    "toy": dict(model="toy:0/model", data="toy:0/add-train.jsonl", eval_data=("toy:0/add-eval.jsonl", "toy:0/prior-eval.jsonl"), verifier="toy:last",
-                questions=256, revisions=1, phrases="qwen", loss="sequential", stage_two=100, max_prompt_tokens=64,
-                max_completion_tokens=40, engine_cache_gib=0.25, temperature=1.0, prompts_per_step=64, epochs=4.0, lr=2e-4,
-                schedule="constant", warmup=5, weight_decay=0.0, tokens_per_batch=8192, eval_every=4, eval_samples=1, eval_temperature=1.0, seed=0),
-    # 15K competition problems: 10K here, the others in phase 2. The paper evaluates on AIME, HMMT and others: give --eval-data.
-    "math": dict(data="open-r1/OpenR1-Math-220k:default@train", verifier="math", questions=10000, target=6000),
-    # The paper has 7.5K C++ and 7.5K Python problems; the verifier runs Python. Tests are the examples of the statement.
-    "code": dict(data="open-r1/codeforces-cots:solutions_py@train", verifier="code", questions=10000, target=6000),
+    # Chosen on seed 0 of the laptop world. Its corpus knows the phrases of the authors' code. Half of its
+    # y0, P_r, y1 is P_r, so a joint loss mostly learns to say P_r.
+    "toy": dict(
+        model="toy:0/model",
+        data="toy:0/add-train.jsonl",
+        eval_data=("toy:0/add-eval.jsonl", "toy:0/prior-eval.jsonl"),
+        verifier="toy:last",
+        questions=256,
+        revisions=1,
+        phrases="qwen",
+        loss="sequential",
+        stage_two=100,
+        max_prompt_tokens=64,
+        max_completion_tokens=40,
+        engine_cache_gib=0.25,
+        temperature=1.0,
+        prompts_per_step=64,
+        epochs=4.0,
+        lr=2e-4,
+        schedule="constant",
+        warmup=5,
+        weight_decay=0.0,
+        tokens_per_batch=8192,
+        eval_every=4,
+        eval_samples=1,
+        eval_temperature=1.0,
+        seed=0,
+    ),
+    # 15K competition problems: 10K here, the others in phase 2. The paper evaluates on AIME, HMMT and others:
+    # give --eval-data.
+    "math": dict(
+        data="open-r1/OpenR1-Math-220k:default@train", verifier="math", questions=10000, target=6000
+    ),
+    # The paper has 7.5K C++ and 7.5K Python problems; the verifier runs Python, on the statement's examples.
+    "code": dict(
+        data="open-r1/codeforces-cots:solutions_py@train", verifier="code", questions=10000, target=6000
+    ),
 }
 
 
 class Sample(NamedTuple):
-    prompt: list[int]                                        # x
-    y: list[int]                                             # y0, P_r, y1 end to end; rft: y0
-    revised: int                                             # where y1 begins in y
+    prompt: list  # x
+    y: list  # y0, P_r, y1 end to end; rft: y0
+    revision: int  # length of y1
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.y)
 
 
-def collect(run: Run, student: torch.nn.Module, sampler: Sampler, rows: list[dict], tokenizer: Any, verify: Callable, reviser: Reviser,
-            args: Args) -> bool:
-    """Section 3.1, phase 1: revisions.jsonl, one line for each revision (rft: attempt), kept or not, with all that made it.
+SYSTEM = "You are a helpful assistant that solves {} problems step by step."
 
-    Every batch of questions is a file of its own, written aside and renamed, so that a killed collection repeats at most one
-    batch and loses none. False: told to stop before the end.
+
+def competition_row(raw: dict) -> dict:
+    """OpenR1-Math, DeepScaleR and codeforces-cots as the authors ask them, with what the verifier reads."""
+    row = dict(raw)
+    if "input_format" in raw:  # codeforces-cots
+        system = {"role": "system", "content": SYSTEM.format("coding")}
+        row["prompt"] = [system, {"role": "user", "content": raw["prompt"]}]
+        inputs, outputs = ([case[name] for case in raw["examples"]] for name in ("input", "output"))
+        row["tests"] = {"inputs": inputs, "outputs": outputs, "testtype": "stdin"}
+    elif "problem" in raw and "prompt" not in raw:
+        system = {"role": "system", "content": SYSTEM.format("math")}
+        task = "Please reason step by step, and put your final answer within \\boxed{}."
+        row["prompt"] = [system, {"role": "user", "content": f"{raw['problem']}\n\n{task}"}]
+    row["prompt"] = as_messages(row["prompt"])
+    return row
+
+
+def collect(run: Run, sampler: Any, student: Any, asked: list, reviser: Reviser) -> bool:
+    """Section 3.1, phase 1: revisions.jsonl, a line for each revision (rft: attempt), kept or not.
+
+    Every batch is a file of its own: a killed collection repeats at most one. False after SIGTERM or Ctrl-C.
     """
-    folder, records, seen = run.out / "collected", [], set()
-    for b, first in enumerate(range(0, len(rows), args.collect_batch)):
-        file = folder / f"{b:06d}.jsonl"
-        if file.exists():
-            batch = read_jsonl(file)
-        else:
-            mine = list(enumerate(rows[first:first + args.collect_batch], first))[run.rank::run.world]
-            made = attempts_and_revisions(run, student, sampler, mine, tokenizer, verify, reviser, args)
-            batch = sorted(run.gather(made), key=lambda r: (r["place"], r["attempt"], r["revision"]))
-            if run.main:
-                folder.mkdir(exist_ok=True)
-                append_jsonl(file.with_suffix(".aside"), batch)
-                file.with_suffix(".aside").rename(file)
-            run.say(f"collected {first + len(rows[first:first + args.collect_batch])} of {len(rows)} questions")
-        for record in batch:
+    args, folder, records, seen = run.args, run.out / "collected", [], set()
+    per_batch = args.collect_batch * args.attempts
+    for first in range(0, len(asked), per_batch):
+        part, file = asked[first : first + per_batch], folder / f"{first:08d}.jsonl"
+        if not file.exists():
+            made = run.gather(attempts_and_revisions(run, sampler, student, run.share(part), reviser))
+            write_whole(run, file, [r for row in part for r in made if (r["id"], r["attempt"]) == row["rollout_key"]])
+            run.say(f"collected {first + len(part)} of {len(asked)} attempts")
+        for record in read_jsonl(file):
             record["dropped"] = why_not(record, seen, args)
             seen.add((record["where"], record["y0"], record["y1"]))
-        records += batch
-        if args.target and sum(not r["dropped"] for r in records) >= args.target:
+            records.append(record)
+        if args.target and sum(not record["dropped"] for record in records) >= args.target:
             break
-        if run.stop_requested():
+        if run.sum(stop=run.stopped)["stop"]:
+            run.say("Stopped while collecting. To continue, rerun the same command with --resume.")
             return False
+    write_whole(run, run.out / "revisions.jsonl", records)
     if run.main:
-        aside = run.out / ".revisions.aside"
-        remove(aside)
-        append_jsonl(aside, records)
-        aside.rename(run.out / "revisions.jsonl")
-        remove(folder)
-    barrier(run)                                             # no other process reads it before it is there
+        shutil.rmtree(folder)
     return True
 
 
-def attempts_and_revisions(run: Run, student: torch.nn.Module, sampler: Sampler, mine: list[tuple[int, dict]], tokenizer: Any, verify: Callable,
-                           reviser: Reviser, args: Args) -> list[dict]:
-    """y0 ~ student(.|x), r, P_r, y1 ~ student(.|x, y0, P_r), r(y1) for some questions, as records."""
-    draw = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
-    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    jobs = [(place, row, a) for place, row in mine for a in range(args.attempts)]
+def write_whole(run: Run, file: Path, records: list) -> None:
+    """Writes the file aside and renames it: it is there with all its lines, or not at all."""
+    with run.writing(str(file)):
+        if run.main:
+            aside = file.with_suffix(".aside")
+            aside.parent.mkdir(exist_ok=True)
+            aside.unlink(missing_ok=True)
+            append_jsonl(aside, records)
+            aside.rename(file)
+
+
+def attempts_and_revisions(run: Run, sampler: Any, student: Any, rows: list, reviser: Reviser) -> list:
+    """y0 ~ student(.|x), r, P_r, y1 ~ student(.|x, y0, P_r), r(y1), as records; each row is one attempt."""
+    args, sampling = run.args, Sampling(run.args.max_completion_tokens, run.args.temperature)
     with run.timer("generate"):
-        firsts = sampler.each(student, [row["prompt_ids"] for _, row, _ in jobs], [(row["id"], a) for _, row, a in jobs], (TRAIN_STREAM, 0), **draw)
-    rewards = [reward for reward, _ in grade(run, verify, [(text(y.ids), row) for (_, row, _), y in zip(jobs, firsts)])]
-    records = []
-    for (place, row, a), y, reward in zip(jobs, firsts, rewards):
-        record = {"place": place, "row": row["id"], "where": row["where"], "question": question_key(row["prompt"]), "prompt_ids": row["prompt_ids"],
-                  "attempt": a, "y0": text(y.ids), "y0_ids": y.ids, "y0_finished": y.finished, "y0_reward": reward}
+        prompts, keys = [row["prompt_ids"] for row in rows], [row["rollout_key"] for row in rows]
+        firsts = sampler(student, prompts, keys, (TRAIN_STREAM, 0), sampling)
+    records, revised, contexts, keys = [], [], [], []
+    for row, y, (reward, _) in zip(rows, firsts, run.grade(rows, firsts), strict=True):
+        record = {name: row[name] for name in ("id", "where", "prompt_ids")}
+        record |= {
+            "question": question_key(row["prompt"]),
+            "attempt": row["rollout_key"][1],
+            "reviser": reviser._asdict(),
+        }
+        record |= {"y0": run.text(y), "y0_ids": y.ids, "y0_finished": y.finished, "y0_reward": reward}
+        record |= {"revision": -1, "phrase_ids": [], "y1": "", "y1_ids": [], "y1_finished": True}
+        record["y1_reward"] = 0.0
         if args.method == "rft" or (reward >= SOLVED and not args.revise_right):
-            records.append({**record, "revision": -1, "phrase_ids": [], "y1": "", "y1_ids": [], "y1_finished": True, "y1_reward": 0.0})
-        else:
-            y0, y0_ids = cleaned(record["y0"], without_eos(y), tokenizer, args, opening=False)
-            phrase = reviser.phrase_ids(tokenizer, reward >= SOLVED)
-            record |= {"y0": y0, "y0_ids": y0_ids, "phrase_ids": phrase, "context_ids": row["prompt_ids"] + without_eos(y) + phrase}
-            records += [{**record, "revision": j} for j in range(args.revisions)]
-    revised, rows = [r for r in records if r["revision"] >= 0], dict(mine)
+            records.append(record)
+            continue
+        clean, phrase = cleaned(run, y, False), reviser.phrase_ids(run.tokenizer, reward >= SOLVED)
+        record |= {"y0": run.text(clean), "y0_ids": clean.without_eos(), "phrase_ids": phrase}
+        for j in range(args.revisions):
+            records.append({**record, "revision": j})
+            revised.append((row, records[-1]))
+            contexts.append(row["prompt_ids"] + y.without_eos() + phrase)
+            keys.append((row["id"], record["attempt"] * args.revisions + j))
     with run.timer("generate"):
-        seconds = sampler.each(student, [r.pop("context_ids") for r in revised],
-                               [(r["row"], r["attempt"] * args.revisions + r["revision"]) for r in revised], (TRAIN_STREAM, 1), **draw)
-    for record, y in zip(revised, seconds, strict=True):
-        record["y1"], ids = cleaned(text(y.ids), without_eos(y), tokenizer, args, opening=True)
-        record |= {"y1_ids": ids + y.ids[len(without_eos(y)):], "y1_finished": y.finished}
-    for record, (reward, _) in zip(revised, grade(run, verify, [(r["y1"], rows[r["place"]]) for r in revised]), strict=True):
-        record["y1_reward"] = reward
+        seconds = sampler(student, contexts, keys, (TRAIN_STREAM, 1), sampling)
+    seconds = [cleaned(run, y, True) for y in seconds]
+    verdicts = run.grade([row for row, _ in revised], seconds)
+    for (_, record), y, (reward, _) in zip(revised, seconds, verdicts, strict=True):
+        record |= {"y1": run.text(y), "y1_ids": y.ids, "y1_finished": y.finished, "y1_reward": reward}
     return records
 
 
-def cleaned(text: str, ids: list[int], tokenizer: Any, args: Args, opening: bool) -> tuple[str, list[int]]:
-    """The text without its flaws, and its tokens: the sampled ones, or new ones where the text had to change."""
-    new = trim_repeats(text) if args.clean else text
-    new = strip_opening(new) if args.clean and opening else new
-    return (text, ids) if new == text else (new, tokenizer(new, add_special_tokens=False)["input_ids"])
+def cleaned(run: Run, y: Rollout, opening: bool) -> Rollout:
+    """The answer without repetitions at its end and, with `opening`, without a polite beginning.
+
+    Its tokens stay the sampled ones unless the text had to change. What then fails to verify is not kept.
+    """
+    text = run.text(y)
+    new = strip_opening(trim_repeats(text)) if opening else trim_repeats(text)
+    ids, end = run.tokenizer(new, add_special_tokens=False)["input_ids"], y.ids[len(y.without_eos()) :]
+    return y if new == text else y._replace(ids=ids + end)
 
 
 def trim_repeats(text: str) -> str:
     """A block of 10 to 1500 characters that ends the text three times or more is left once."""
-    for size in range(10, min(1500, len(text) // 3) + 1):
-        block = text[-size:]
-        if text.endswith(block * 3):
-            while text.endswith(block * 2):
-                text = text[:-size]
-            return text
-    return text
+    tail = re.match(r"(.{10,1500}?)\1{2,}", text[::-1], flags=re.DOTALL)  # backwards: the shortest
+    return text[: len(text) - len(tail[0]) + len(tail[1])] if tail else text
 
 
 def strip_opening(text: str) -> str:
-    """"You're right, ...", "Thank you for ...", "Good catch ...": the reviser answers nobody."""
+    """Removes "You're right, ...", "Thank you for ...", "Good catch ...": nobody spoke to the reviser."""
     rest = re.sub(r"^\s*(?:(?:You're right|Thank you for|Good catch)[^.!?\n]*[.!?\n]\s*)+", "", text)
     return rest if rest == text else rest[:1].upper() + rest[1:]
 
 
 def why_not(record: dict, seen: set, args: Args) -> str:
-    """Why a record is not trained on; "" when it is."""
-    y, reward = ("y0", record["y0_reward"]) if args.method == "rft" else ("y1", record["y1_reward"])
+    """Why a record is not trained on; "" if it is."""
     if args.method == "srt" and record["revision"] < 0:
         return "right, not revised"
-    total = sum(len(record[name]) for name in ("prompt_ids", "y0_ids", "phrase_ids", "y1_ids"))
+    y = "y0" if args.method == "rft" else "y1"
     if not record[f"{y}_finished"]:
-        return "cut off"                                     # it would teach not to end
-    if reward < SOLVED and args.keep == "verified":
+        return "cut off"  # it would teach not to end
+    if record[f"{y}_reward"] < SOLVED and args.keep == "verified":
         return "wrong"
     if (record["where"], record["y0"], record["y1"]) in seen:
         return "duplicate"
+    total = sum(len(record[name]) for name in ("prompt_ids", "y0_ids", "phrase_ids", "y1_ids"))
     return f"{total} tokens" if total > args.max_tokens else ""
 
 
-def report(records: list[dict], run: Run, args: Args) -> dict[str, float]:
-    """What the collection gave: accuracy of y0, of y1 after wrong and right ones, and what was kept."""
-    share = lambda part, name: sum(r[name] >= SOLVED for r in part) / max(len(part), 1)
+def read_revisions(source: Path, reviser: Reviser, tokenizer: Any) -> list:
+    """The records of a collection; InputError unless it had our phrases, chat arguments and tokenizer."""
+    records = read_jsonl(source)
+    for i, record in enumerate(records, 1):
+        with naming_row(f"{source}:{i}", record):
+            if record["reviser"] != reviser._asdict():
+                told = f"collected with {record['reviser']}, not {reviser._asdict()}"
+                raise ValueError(f"{told}; use the same --phrases and --chat-kwargs")
+            phrase = reviser.phrase_ids(tokenizer, record["y0_reward"] >= SOLVED)
+            if record["phrase_ids"] not in ([], phrase):
+                raise ValueError("collected with another tokenizer than that of --model")
+    return records
+
+
+def report(run: Run, records: list) -> dict:
+    """What the collection gave: accuracy of y0, of y1 after wrong and after right ones, and what was kept."""
+    reasons = collections.Counter(record["dropped"] for record in records)
+    kept = reasons.pop("", 0)
+    run.say(f"kept {kept} of {len(records)}" + "".join(f", {n} {why}" for why, n in sorted(reasons.items())))
     firsts = list({(r["where"], r["attempt"]): r for r in records}.values())
     revisions = [r for r in records if r["revision"] >= 0]
-    wrong, right = ([r for r in revisions if (r["y0_reward"] >= SOLVED) == solved] for solved in (False, True))
-    kept = sum(not r["dropped"] for r in records)
-    reasons = {why: sum(r["dropped"] == why for r in records) for why in sorted({r["dropped"] for r in records if r["dropped"]})}
-    run.say(f"kept {kept} of {len(records)}" + "".join(f", {n} {why}" for why, n in reasons.items()))
-    revised = {"collect/wrong_to_right": share(wrong, "y1_reward"), "collect/right_to_right": share(right, "y1_reward")} if revisions else {}
-    return {"collect/questions": len({r["where"] for r in records}), "collect/rollouts": len(firsts) + len(revisions),
-            "collect/first": share(firsts, "y0_reward"), "collect/kept": kept, **revised}
+    metrics = {"collect/questions": len({r["where"] for r in records}), "collect/kept": kept}
+    metrics["collect/rollouts"] = len(firsts) + len(revisions)
+    metrics["collect/first"] = sum(r["y0_reward"] >= SOLVED for r in firsts) / max(len(firsts), 1)
+    for verdict, solved in (("wrong", False), ("right", True)):
+        verified = [r["y1_reward"] >= SOLVED for r in revisions if (r["y0_reward"] >= SOLVED) == solved]
+        if revisions:
+            metrics[f"collect/{verdict}_to_right"] = sum(verified) / max(len(verified), 1)
+    return metrics
 
 
-def to_sample(record: dict) -> Sample:
-    before = record["y0_ids"] + record["phrase_ids"]
-    return Sample(record["prompt_ids"], before + record["y1_ids"], len(before))
+def stages(kept: list, args: Args) -> list:
+    """(steps before it, its steps, loss, records) of each run over the data: one, or the authors' two."""
+    plan = [(args.loss if args.method == "srt" else "generation", kept)]
+    if plan[0][0] == "sequential":
+        wrong = [r for r in kept if r["y0_reward"] < SOLVED]
+        right = [r for r in kept if r["y0_reward"] >= SOLVED]
+        taken = max(args.stage_two - len(right), 0)  # revisions of wrong attempts in the second stage
+        plan = [("generation", wrong[taken:]), ("revision", (right + wrong)[: args.stage_two])]
+    found, before = [], 0
+    for loss, records in plan:
+        if records:
+            length = args.steps or math.ceil(args.epochs * len(records) / args.prompts_per_step)
+            found.append((before, length, loss, records))
+            before += length
+    return found
 
 
-def stages(kept: list[dict], args: Args) -> list[tuple[str, list[dict]]]:
-    """(loss, records) of each run over the data: one, or the authors' two."""
-    if args.method == "rft" or args.loss != "sequential":
-        return [("generation" if args.method == "rft" else args.loss, kept)]
-    right_first = sorted(kept, key=lambda r: r["y0_reward"] < SOLVED)
-    second, rest = right_first[:args.stage_two], right_first[args.stage_two:]
-    return [("generation", [r for r in rest if r["y0_reward"] < SOLVED]), ("revision", second)]
+def srt_loss(h_ND: Tensor, head: Any, micro: list, n: dict, loss: str) -> tuple:
+    """Eq. 3 on a micro-batch: (loss, statistics of each token).
 
-
-def token_weights(sample: Sample, loss: str, n: dict[str, float], average: str) -> list[float]:
-    """Each token's share: the generation term covers y0, P_r and y1, the revision term y1 alone; each divides by its own count."""
-    def share(tokens: int, counted: float) -> float:
-        return 1 / (max(tokens, 1) * n["sequences"]) if average == "sequence" else 1 / counted
-    generation = share(len(sample.y), n["generation"]) if loss != "revision" else 0.0
-    revision = share(len(sample.y) - sample.revised, n["revision"]) if loss != "generation" else 0.0
-    return [generation] * sample.revised + [generation + revision] * (len(sample.y) - sample.revised)
-
-
-def srt_loss(h_ND: Tensor, head: Head, micro: list[Sample], weight_N: Tensor) -> tuple[Tensor, dict]:
-    """Eq. 3 on a micro-batch: the weighted sum of -log student over y0, P_r, y1."""
-    y_N = torch.tensor([token for s in micro for token in s.y], device=h_ND.device)
-    return token_loss(h_ND, head, y_N, lambda logp, n: -weight_N[n] * logp)
-
-
-def check(args: Args) -> None:
-    """Combinations of flags that cannot mean what they say."""
-    if args.collect_only and args.train_only:
-        raise InputError("--collect-only stops before the training that --train-only is; drop one of them")
-    if args.attempts < 1 or args.revisions < 1:
-        raise InputError(f"--attempts {args.attempts} --revisions {args.revisions}: at least 1 of each; the baseline without revisions is --method rft")
-    if args.train_only and not Path(args.train_only).is_file():
-        raise InputError(f"--train-only {args.train_only}: no such file; it takes the revisions.jsonl of a collection")
+    The generation term is a mean over y0, P_r and y1 of the step, the revision term a mean over y1.
+    """
+    y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=h_ND.device)
+    revised = [t >= len(s.y) - s.revision for s in micro for t in range(len(s.y))]
+    revised_N = torch.tensor(revised, dtype=torch.float32, device=h_ND.device)
+    weight_N = (loss != "revision") / n["generation"] + (loss != "generation") / max(
+        n["revision"], 1
+    ) * revised_N
+    logp_N, entropy_N = token_logps(h_ND, head, y_N)
+    stats = {"logp": logp_N.detach(), "entropy": entropy_N, "revision_logp": revised_N * logp_N.detach()}
+    return -(weight_N * logp_N).sum(), stats
 
 
 def main(args: Args) -> None:
     # Whatever can be wrong without weights is found first.
-    check(args)
-    tokenizer = load_tokenizer(args.model)
-    rows = [] if args.train_only else load_rows(args.data, competition_row)
-    train = tokenize(rows, tokenizer, args) if rows else []
-    chosen = [train[i] for i in epoch_order(len(train), args.seed, 0)[:args.questions or None]]
-    evals = load_evals(args.eval_data, competition_row, tokenizer, args)
-    verify = load_verifier(args.verifier)
-    reviser = Reviser(*PHRASES[args.phrases], args.separator, args.student_chat_kwargs, [])
-    run = start(args, even=False)
-    run.say(f"{args.method}: {len(chosen)} of {len(train)} rows ({len(rows) - len(train)} too long, left out) x {args.attempts} attempts x "
-            f"{args.revisions} revisions on {run.world} x {run.device.type}")
+    if args.collect_only and args.train_only:
+        raise InputError("--collect-only stops before the training that --train-only is; drop one of them")
+    tokenizer, reviser = load_tokenizer(args.model), Reviser(*PHRASES[args.phrases], args.chat_kwargs, [])
+    if args.train_only:
+        if not Path(args.train_only).is_file():
+            raise InputError(f"--train-only {args.train_only}: no such file; it takes a revisions.jsonl")
+        asked = read_revisions(Path(args.train_only), reviser, tokenizer)
+        what = f"{len(asked)} records"
+    else:
+        rows = load_rows(args.data, competition_row)
+        train = tokenize(rows, tokenizer, args)
+        questions = min(args.questions or len(train), len(train))
+        asked = step_rows(train, 1, questions, args.attempts, args.seed)
+        what = f"{questions} of {len(rows)} rows ({len(rows) - len(train)} too long, left out)"
+    run = start_run(args, tokenizer, asked, competition_row)
+    run.say(f"{args.method}: {what} on {run.world} x {run.device.type}")
     if args.dry_run:
-        shown = (chosen[0]["prompt_ids"] if chosen else []) + reviser.phrase_ids(tokenizer, False)
-        return run.say(f"the model reads, after an empty wrong answer: {tokenizer.decode(shown)}\n{planned(run)}")
-
-    student = load_model(args.model, run, args.lora_rank, args.activation_checkpointing)
-    sampler = make_sampler(tokenizer, student, run)
+        shown = asked[0]["prompt_ids"] + reviser.phrase_ids(tokenizer, False)
+        return run.say(f"the model reads, after an empty wrong answer: {tokenizer.decode(shown)}")
 
     # 1. Collect: attempts, verdicts and revisions of the model as it is, before any training.
-    source = Path(args.train_only or run.out / "revisions.jsonl")
-    missing = run.sum(missing=not source.exists())["missing"]        # asked of all before any of them writes it
-    if missing and not collect(run, student, sampler, chosen, tokenizer, verify, reviser, args):
-        return run.say(f"stopped while collecting; go on with: {again()}")
-    records = read_revisions(source)
-    collected, kept = report(records, run, args), [r for r in records if not r["dropped"]]
+    student = load_model(args.model, run, args.lora_rank)
+    sampler, source = make_sampler(run, student), Path(args.train_only or run.out / "revisions.jsonl")
+    missing = run.sum(missing=not source.exists())["missing"]  # of any rank, before one of them writes it
+    if missing and not collect(run, sampler, student, asked, reviser):
+        return
+    records = read_revisions(source, reviser, tokenizer)
+    collected, kept = report(run, records), [r for r in records if not r["dropped"]]
     if args.collect_only:
-        return run.say(f"{source}; train with --train-only {source}")
+        return run.say(f"{source}: to train on it, use --resume here, or --train-only in another run")
     if not kept:
-        raise InputError(f"{source}: nothing was kept to learn from; take easier questions, more --attempts or more --revisions")
+        raise InputError(f"{source}: no record was kept; use easier questions or more --revisions")
     if args.method == "srt":
         contract = reviser._replace(questions=sorted({r["question"] for r in records}))
-        run.files["srt.json"] = json.dumps({**contract._asdict(), "data": hashlib.sha256(source.read_bytes()).hexdigest()}, indent=1)
+        run.files["srt.json"] = json.dumps(contract._asdict(), indent=1)
 
     # 2. Train on what was kept: one run over it, or two.
-    plan, steps = [], 0                                      # (first step, steps, loss, records) of each stage
-    for loss_name, part in stages(kept, args):
-        length = (args.steps or math.ceil(args.epochs * len(part) / args.prompts_per_step)) if part else 0
-        plan.append((steps, length, loss_name, part))
-        steps += length
-    optimizer = make_optimizer(student, args)
-    done, score = load_checkpoint(run, student, None, optimizer)
-    run.rescue = lambda: save_checkpoint(run, run.done, student, None, optimizer, score)
-    begin(run, steps, done)
-    measure = lambda step: {**evaluate(run, student, tokenizer, sampler, evals, verify, step, score), **(evaluate_revision(
-        run, student, tokenizer, sampler, next(iter(evals.values())), verify, reviser) if evals and args.eval_revisions and args.method == "srt" else {})}
+    plan = stages(kept, args)
+    steps = plan[-1][0] + plan[-1][1]
+    eval_sampling = Sampling(args.max_completion_tokens, args.eval_temperature, args.eval_top_p)
+    done = run.start_training(steps, student, None)
     if not done:
-        run.log(0, {**collected, **measure(0)})
+        measured = evaluate(run, sampler, student, 0, eval_sampling)
+        run.log(0, collected | measured | revise(run, sampler, student, eval_sampling, reviser))
 
     for step in range(done + 1, steps + 1):
         before, length, loss_name, part = next(stage for stage in reversed(plan) if step > stage[0])
         if step == before + 1 and before:
-            optimizer = make_optimizer(student, args)        # the second stage is a run of its own
+            run.optimizer = make_optimizer(student, args)  # the second stage is a run of its own
 
-        # 2a. Take the step's revisions, and count the tokens of all ranks before any backward: the denominators of the two terms.
-        samples = [to_sample(record) for record in batch_rows(part, step - before, args.prompts_per_step, run, args.seed)]
-        n = run.sum(sequences=len(samples), generation=sum(len(s.y) for s in samples), revision=sum(len(s.y) - s.revised for s in samples))
+        # 2a. Take the step's revisions; count the tokens of all ranks before any backward: the denominators.
+        rows = run.share(step_rows(part, step - before, args.prompts_per_step, 1, args.seed))
+        ys = [r["y0_ids"] + r["phrase_ids"] + r["y1_ids"] for r in rows]
+        samples = [Sample(r["prompt_ids"], y, len(r["y1_ids"])) for r, y in zip(rows, ys, strict=True)]
+        n = run.sum(rows=len(rows), generation=sum(map(len, ys)), revision=sum(s.revision for s in samples))
 
-        # 2b. Learn to revise, and to answer so unasked: one forward has both terms, since y1 is read behind x, y0, P_r in either.
+        # 2b. Learn to revise, and to answer so unasked: in both terms y1 follows x, y0, P_r.
         sums = dict.fromkeys(("loss", "logp", "revision_logp", "entropy"), 0.0)
-        for m, micro in enumerate(micro_batches(samples, lambda s: len(s.prompt) + len(s.y), args.tokens_per_batch)):
+        for m, micro in enumerate(micro_batches(samples, args.tokens_per_batch)):
             with run.timer("student"):
-                weight_N = torch.tensor([w for s in micro for w in token_weights(s, loss_name, n, args.average)], device=run.device)
-                revised_N = torch.tensor([t >= s.revised for s in micro for t in range(len(s.y))], device=run.device).bool()
-                loss, stats = on_completions(student, [(s.prompt, s.y) for s in micro], args, lambda h_ND, head: srt_loss(h_ND, head, micro, weight_N))
+                h_ND = completion_states(student, [(s.prompt, s.y) for s in micro])
+                loss, stats = srt_loss(h_ND, head_of(student), micro, n, loss_name)
                 loss.backward()
             sums["loss"] += loss.item()
-            for name, value in (("logp", stats["logp"]), ("revision_logp", stats["logp"][revised_N]), ("entropy", stats["entropy"])):
-                sums[name] += value.sum().item()
+            for name, values_N in stats.items():
+                sums[name] += values_N.sum().item()
             if step == 1 and m == 0 and micro:
-                explain(run, tokenizer, {"student reads": micro[0].prompt}, micro[0].y, stats)
+                explain(run, {"student reads": micro[0].prompt}, micro[0].y, stats)
 
         # 2c. Step. Gradients add up over ranks; 2a has divided.
+        lr = learning_rate(step - before, args, length if args.schedule == "cosine" else 0)
         with run.timer("optim"):
-            lr = learning_rate(step - before, length, args)
-            grad_norm = optimizer_step(optimizer, lr, run)
-        run.done = step                                      # the step that the weights have behind them
+            grad_norm = optimizer_step(run, lr)
 
-        # 2d. Report what was optimised; evaluate; save.
-        total = run.sum(**sums)
-        metrics = {"train/loss": total["loss"], "train/grad_norm": grad_norm, "train/lr": lr, "train/tokens": n["generation"],
-                   "train/generation": -total["logp"] / n["generation"], "train/revision": -total["revision_logp"] / max(n["revision"], 1),
-                   "rollout/entropy": total["entropy"] / n["generation"], "rollout/length": n["generation"] / n["sequences"],
-                   "rollout/revision_length": n["revision"] / n["sequences"]}
+        # 2d. Evaluate, report, save.
+        n |= run.sum(**sums)
+        metrics = {"train/loss": n["loss"], "train/grad_norm": grad_norm, "train/lr": lr}
+        metrics["train/tokens"] = n["generation"]
+        metrics["train/generation"] = -n["logp"] / n["generation"]
+        metrics["train/revision"] = -n["revision_logp"] / max(n["revision"], 1)
+        metrics["rollout/entropy"] = n["entropy"] / n["generation"]
+        metrics["rollout/length"] = n["generation"] / n["rows"]
+        metrics["rollout/revision_length"] = n["revision"] / n["rows"]
         if step % args.eval_every == 0 or step == steps:
-            metrics |= measure(step)
-        run.log(step, metrics)
-        stop = run.stop_requested()
-        if step % args.save_every == 0 or step == steps or stop:
-            save_checkpoint(run, step, student, None, optimizer, score)
-        if stop:
-            return run.say(f"stopped after step {step}; go on with: {again()}")
+            metrics |= evaluate(run, sampler, student, step, eval_sampling)
+            metrics |= revise(run, sampler, student, eval_sampling, reviser)
+        if run.end_step(step, metrics):
+            return
 
-    finish(run, student, tokenizer, score)
-
-
-def read_revisions(source: Path) -> list[dict]:
-    """The records of a collection, checked for what training needs."""
-    records, needed = read_jsonl(source), {"prompt_ids", "y0_ids", "phrase_ids", "y1_ids", "y0_reward", "question", "where", "dropped"}
-    for i, record in enumerate(records, 1):
-        if missing := sorted(needed - record.keys()):
-            raise InputError(f"{source}:{i}: no {', '.join(missing)} in this row; --train-only takes the revisions.jsonl that srt.py writes")
-    return records
+    save_results(run, student)
 
 
 if __name__ == "__main__":

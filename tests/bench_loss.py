@@ -1,16 +1,17 @@
-"""The distillation loss (JSD 1/2, gradients for hidden states and head) beside its peers: time, memory, exactness.
+"""The distillation loss (JSD 1/2, gradients for states and head) beside its peers: time, memory, error.
 
 python tests/bench_loss.py                                             laptop case, three to four minutes
 python tests/bench_loss.py --case large --methods floor ours naive     the vocabulary of Qwen3
 python tests/bench_loss.py --case qwen3_8b --device cuda --dtype bfloat16 --chunk 2048 --methods floor ours
 
-time     best of `rounds`; all methods take turns in one process, so that a busy machine is busy for all of them.
-         x floor: over the four matrix products that any exact method needs (logits twice, dX, dW), same chunks
-memory   peak growth of a fresh process per method, once for T and for ours also for 2 T; dX and dW are part of it
-error    relative error of (dX, dW) against float64 autograd on the same inputs, the worse of the two, at a mean
-         divergence of 1e-2 and 1e-4, on the first 128 tokens. "inexact" methods answer another question (top 100).
-Of the peers, TRL (1.16) and Liger are optional: pip install --no-deps trl accelerate liger-kernel
+time     best of `rounds`; all methods take turns in one process, so a busy machine is busy for all of them.
+         x floor: over the four matrix products of any exact method (logits twice, dX, dW), same chunks
+memory   peak growth of a fresh process per method, once for T and for ours also for 2 T; includes dX and dW
+error    relative error of (dX, dW) against float64 autograd on the same inputs, the worse of the two, at a
+         mean divergence of 1e-2 and 1e-4, on the first 128 tokens. "inexact": another question (top 100).
+TRL (1.16) and Liger are optional: pip install --no-deps trl accelerate liger-kernel
 """
+
 import argparse
 import json
 import os
@@ -24,10 +25,14 @@ import torch.utils.checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Head, distill_loss  # noqa: E402
+from common import Head, Objective, distill_loss  # noqa: E402
 
-CASES = {"laptop": (1024, 512, 32768), "small": (4096, 512, 32768), "large": (2048, 1024, 151936),
-         "qwen3_8b": (16384, 4096, 151936)}  # T tokens, D hidden, V vocabulary
+CASES = {
+    "laptop": (1024, 512, 32768),
+    "small": (4096, 512, 32768),
+    "large": (2048, 1024, 151936),
+    "qwen3_8b": (16384, 4096, 151936),
+}  # T tokens, D hidden, V vocabulary
 
 
 @torch.no_grad()
@@ -45,7 +50,8 @@ def floor(h, W, h_t, W_t, args):
 
 def ours(h, W, h_t, W_t, args):
     zeros, ones = torch.zeros(len(h), dtype=torch.long, device=h.device), torch.ones(len(h), device=h.device)
-    return distill_loss(h, Head(W), [(1.0, h_t, Head(W_t))], zeros, ones, divergence="jsd", chunk=args.chunk)[0]
+    objective = Objective("jsd", chunk=args.chunk)
+    return distill_loss(h, Head(W), [(1.0, h_t, Head(W_t))], zeros, ones, objective)[0]
 
 
 def naive(h, W, h_t, W_t, args):
@@ -55,12 +61,17 @@ def naive(h, W, h_t, W_t, args):
 
 
 def checkpointed(h, W, h_t, W_t, args):
-    return sum(torch.utils.checkpoint.checkpoint(naive, h[i:i + args.chunk], W, h_t[i:i + args.chunk], W_t, args,
-                                                 use_reentrant=False) for i in range(0, len(h), args.chunk))
+    return sum(
+        torch.utils.checkpoint.checkpoint(
+            naive, h[i : i + args.chunk], W, h_t[i : i + args.chunk], W_t, args, use_reentrant=False
+        )
+        for i in range(0, len(h), args.chunk)
+    )
 
 
 def trl_full(h, W, h_t, W_t, args):
     from trl.experimental.sdpo.loss_utils import compute_full_logit_self_distillation_loss
+
     with torch.no_grad():
         t = h_t @ W_t.t()
     return compute_full_logit_self_distillation_loss(h @ W.t(), t, distillation_alpha=0.5).sum()
@@ -68,49 +79,58 @@ def trl_full(h, W, h_t, W_t, args):
 
 def trl_top100(h, W, h_t, W_t, args):
     from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
+
     with torch.no_grad():
         t = h_t @ W_t.t()
-    return compute_topk_self_distillation_loss(h @ W.t(), t, distillation_topk=100, distillation_alpha=0.5,
-                                               distillation_add_tail=True).sum()
+    return compute_topk_self_distillation_loss(
+        h @ W.t(), t, distillation_topk=100, distillation_alpha=0.5, distillation_add_tail=True
+    ).sum()
 
 
 def ours_top100(h, W, h_t, W_t, args):
     zeros, ones = torch.zeros(len(h), dtype=torch.long, device=h.device), torch.ones(len(h), device=h.device)
-    return distill_loss(h, Head(W), [(1.0, h_t, Head(W_t))], zeros, ones, divergence="jsd", support="student_topk",
-                        topk=100, chunk=args.chunk)[0]
+    objective = Objective("jsd", "student_topk", topk=100, chunk=args.chunk)
+    return distill_loss(h, Head(W), [(1.0, h_t, Head(W_t))], zeros, ones, objective)[0]
 
 
 def trl_chunked(h, W, h_t, W_t, args):
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
-    return _chunked_divergence_loss(h[None], h_t[None], W, W_t, torch.ones(1, len(h), device=h.device), beta=0.5,
-                                    num_items_in_batch=1)[0]
+
+    return _chunked_divergence_loss(
+        h[None], h_t[None], W, W_t, torch.ones(1, len(h), device=h.device), beta=0.5, num_items_in_batch=1
+    )[0]
 
 
 def liger(h, W, h_t, W_t, args):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False, chunk_size=args.chunk)
+
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False, chunk_size=args.chunk
+    )
     labels = torch.zeros(len(h), dtype=torch.long, device=h.device)
-    return loss(h, W, h_t, W_t, labels) * len(h)           # it divides by the number of tokens
+    return loss(h, W, h_t, W_t, labels) * len(h)  # it divides by the number of tokens
 
 
-METHODS = {f.__name__: f for f in (floor, ours, ours_top100, naive, checkpointed, trl_full, trl_top100, trl_chunked, liger)}
+METHODS = {
+    f.__name__: f
+    for f in (floor, ours, ours_top100, naive, checkpointed, trl_full, trl_top100, trl_chunked, liger)
+}
 INEXACT = {"ours_top100", "trl_top100"}
 
 
 def plain_jsd(log_p, log_q):
     log_m = ((log_p.exp() + log_q.exp()) / 2).log()
-    kl = lambda log_a: (log_a.exp() * (log_a - log_m)).sum()
-    return (kl(log_p) + kl(log_q)) / 2
+    return sum((log_a.exp() * (log_a - log_m)).sum() for log_a in (log_p, log_q)) / 2
 
 
 def tensors(args, T, divergence=1e-2):
-    """Student and teacher with the same head and hidden states so far apart that JSD is about `divergence`."""
+    """Student and teacher with one head and states so far apart that JSD is about `divergence`."""
     _, D, V = CASES[args.case]
     g = torch.Generator(args.device).manual_seed(0)
-    randn = lambda *shape: torch.randn(*shape, generator=g, device=args.device)
-    h, W, noise = randn(T, D), randn(V, D).mul_(2 / D**0.5), randn(T, D)
-    some = lambda size: (h[:32] @ W.t(), (h[:32] + size * noise[:32]) @ W.t())
-    jsd = plain_jsd(*(z.log_softmax(-1) for z in some(0.05))).item() / min(T, 32)
+    h, W, noise = (torch.randn(n, D, generator=g, device=args.device) for n in (T, V, T))
+    W *= 2 / D**0.5
+    near = (h[:32], h[:32] + 0.05 * noise[:32])
+    jsd = plain_jsd(*((x @ W.t()).log_softmax(-1) for x in near)).item() / min(T, 32)
     h_t = h + 0.05 * (divergence / jsd) ** 0.5 * noise
     dtype = getattr(torch, args.dtype)
     return h.to(dtype).requires_grad_(), W.to(dtype).requires_grad_(), h_t.to(dtype), W.to(dtype)
@@ -138,38 +158,61 @@ def measure_time(methods, args):
 
 def measure_memory(method, args, T):
     inputs = tensors(args, T)
-    run(method, [x[:128].detach().clone().requires_grad_(x.requires_grad) for x in inputs], args)   # imports, first-call buffers
+    first = [x[:128].detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    run(method, first, args)  # imports, buffers of a first call
     if args.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run(method, inputs, args)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    status = lambda key: next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    Path("/proc/self/clear_refs").write_text("5")                                               # peak = now
-    before = status("VmRSS:")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now
+    before = resident("VmRSS")
     run(method, inputs, args)
-    return (status("VmHWM:") - before) / 2**10
+    return (resident("VmHWM") - before) / 2**10
+
+
+def resident(key):
+    """KiB of this process, now (VmRSS) or at its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def measure_error(methods, args, divergence):
     inputs = tensors(args, 128, divergence)
     h, W, h_t, W_t = (x.detach().double() for x in inputs)
-    h.requires_grad_(), W.requires_grad_()
+    h.requires_grad_()
+    W.requires_grad_()
     naive_64 = plain_jsd((h @ W.t()).log_softmax(-1), (h_t @ W_t.t()).log_softmax(-1))
     naive_64.backward()
     errors = {}
     for method in methods:
         run(method, inputs, args)
         if inputs[0].grad is not None:
-            errors[method] = max(((x.grad.double() - ref.grad).norm() / ref.grad.norm()).item()
-                                 for x, ref in zip(inputs, (h, W)))
+            errors[method] = max(
+                ((x.grad.double() - ref.grad).norm() / ref.grad.norm()).item()
+                for x, ref in zip(inputs, (h, W), strict=False)
+            )
     return errors
 
 
 def fresh(args, *task):
     """The same script in a process of its own; its last line is the answer."""
-    command = [sys.executable, __file__, "--case", args.case, "--dtype", args.dtype, "--device", args.device,
-               "--chunk", str(args.chunk), "--rounds", str(args.rounds), "--task", json.dumps(task)]
+    command = [
+        sys.executable,
+        __file__,
+        "--case",
+        args.case,
+        "--dtype",
+        args.dtype,
+        "--device",
+        args.device,
+        "--chunk",
+        str(args.chunk),
+        "--rounds",
+        str(args.rounds),
+        "--task",
+        json.dumps(task),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     if result.returncode:
@@ -181,7 +224,7 @@ def available(method):
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     try:
         if method.startswith("trl"):
-            import trl.experimental.sdpo.loss_utils, trl.trainer.distillation_trainer  # noqa: E401, F401
+            import trl.experimental.sdpo.loss_utils  # noqa: E401, F401
         if method == "liger":
             import liger_kernel.chunked_loss  # noqa: F401
     except Exception as error:
@@ -191,12 +234,22 @@ def available(method):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, default="laptop", help="T tokens, D hidden, V vocabulary: %s" % CASES)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "checkpointed"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of hidden states and heads")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--case", choices=CASES, default="laptop", help="T tokens, D hidden, V vocabulary: %s" % CASES
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "checkpointed"]
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of hidden states and heads"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens at a time, of every method that has chunks")
+    parser.add_argument(
+        "--chunk", type=int, default=512, help="tokens at a time, of every method that has chunks"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--task", help=argparse.SUPPRESS)
@@ -215,20 +268,39 @@ def main():
     gradients = (T * D + V * D) * getattr(torch, args.dtype).itemsize / 2**20
     print(f"\n{args.case}: T={T} D={D} V={V} {args.dtype} on {args.device}, dX + dW = {gradients:.0f} MiB")
     bytes_each = getattr(torch, args.dtype).itemsize
-    print(f"{'':14}{'s':>8}{'x floor':>9}{'MiB':>8}{'beyond':>8}" + "".join(f"{f'err {d:.0e}':>12}" for d in errors))
+    print(
+        f"{'':14}{'s':>8}{'x floor':>9}{'MiB':>8}{'beyond':>8}"
+        + "".join(f"{f'err {d:.0e}':>12}" for d in errors)
+    )
     rows = []
     for m in methods:
-        row = {"method": m, "s": round(seconds[m], 3), "x_floor": round(seconds[m] / seconds["floor"], 3),
-               "mib": round(memory[m]), "mib_beyond_gradients": round(memory[m] - gradients)}
+        row = {
+            "method": m,
+            "s": round(seconds[m], 3),
+            "x_floor": round(seconds[m] / seconds["floor"], 3),
+            "mib": round(memory[m]),
+            "mib_beyond_gradients": round(memory[m] - gradients),
+        }
         row |= {f"err_{d:.0e}": e.get(m) for d, e in errors.items()}
         rows.append(row)
         text = ["" if m == "floor" else "inexact" if m in INEXACT else f"{e[m]:.1e}" for e in errors.values()]
-        print(f"{m:14}{row['s']:8.2f}{row['x_floor']:9.2f}{row['mib']:8}{row['mib_beyond_gradients']:8}"
-              + "".join(f"{x:>12}" for x in text))
-    result = {"case": args.case, "T": T, "D": D, "V": V, "dtype": args.dtype, "device": args.device, "rows": rows}
+        print(
+            f"{m:14}{row['s']:8.2f}{row['x_floor']:9.2f}{row['mib']:8}{row['mib_beyond_gradients']:8}"
+            + "".join(f"{x:>12}" for x in text)
+        )
+    result = {
+        "case": args.case,
+        "T": T,
+        "D": D,
+        "V": V,
+        "dtype": args.dtype,
+        "device": args.device,
+        "rows": rows,
+    }
     if "ours" in methods:
         result["ours_mib_at_2T"] = round(fresh(args, "memory", "ours", 2 * T))
-        print(f"ours at T = {2 * T}: {result['ours_mib_at_2T']} MiB, of which dX {2 * T * D * bytes_each / 2**20:.0f}")
+        d_x = 2 * T * D * bytes_each / 2**20
+        print(f"ours at T = {2 * T}: {result['ours_mib_at_2T']} MiB, of which dX {d_x:.0f}")
     print(json.dumps(result))
 
 

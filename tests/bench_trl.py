@@ -153,15 +153,20 @@ class Steps:
 
 def our_flags(case: Case, folder: Path, steps: int, tokens: int) -> list[str]:
     prompts, rollouts = PROMPTS[case.script]
-    flags = (f"--model {folder}/model --data {folder}/rows.jsonl --eval-data --out {folder}/out --overwrite --seed 0 --dtype float32 "
-             f"--steps {steps} --prompts-per-step {prompts} --rollouts {rollouts} --max-prompt-tokens 512 --max-completion-tokens {case.limit} "
-             f"--cut-off keep --is-cap 0 --support {case.support} --topk {K} --tail --lr 1e-6 --schedule constant --warmup 0 --grad-clip 1 "
-             f"--adam-betas 0.9 0.999 --weight-decay 0 --tokens-per-batch {tokens} --eval-every 1000 --save-every 1000").split()
+    flags = (
+        f"--model {folder}/model --data {folder}/rows.jsonl --eval-data --out {folder}/out --seed 0 --dtype float32 "
+        f"--steps {steps} --prompts-per-step {prompts} --rollouts {rollouts} --max-prompt-tokens 512 "
+        f"--max-completion-tokens {case.limit} --is-cap 0 --support {case.support} --topk {K} --lr 1e-6 --warmup 0 "
+        f"--adam-betas 0.9 0.999 --weight-decay 0 --tokens-per-batch {tokens} --eval-every 1000 --save-every 1000"
+    ).split()
     if case.script == "sdpo":
-        return [*flags, "--template", TEMPLATE, "--solution-template", SOLUTION, "--verifier", f"{__file__}:verdict", "--teacher-samples", "0",
-                *"--divergence jsd --ema-rate 0.05 --feedback-when never --no-remove-thinking --max-teacher-tokens 10240".split()]
+        own = "--divergence jsd --ema-rate 0.05 --hindsight solution --max-teacher-tokens 10240 --teacher-samples 0"
+        return [*flags, "--template", TEMPLATE, "--verifier", f"{__file__}:verdict", *own.split()]
+    flags += ["--schedule", "constant"]
     if case.script == "sdft":
-        return [*flags, "--template", DEMONSTRATION, *"--divergence forward_kl --ema-rate 0.01 --skip-tokens 0 --max-teacher-tokens 512".split()]
+        own = "--divergence forward_kl --ema-rate 0.01 --skip-tokens 0 --max-teacher-tokens 512"
+        return [*flags, "--template", DEMONSTRATION, *own.split()]
+    flags = " ".join(flags).replace(" --is-cap 0", "").split()
     return [*flags, "--teacher", f"{folder}/teacher", *"--divergence jsd --average token".split()]
 
 
@@ -173,7 +178,7 @@ def run_ours(case: Case, folder: Path, steps: int, tokens: int) -> dict:
         log(run, *args)
         marks.end()
     common.Run.log = log_and_mark
-    script.main(common.parse(script.Args, script.PRESETS, our_flags(case, folder, steps, tokens)))
+    script.main(common.parse_args(script.Args, script.PRESETS, our_flags(case, folder, steps, tokens)))
     rows = common.read_jsonl(folder / "out" / "metrics.jsonl")[2:]
     return marks.answer({name: sum(row[f"time/{name}"] for row in rows) for name in PHASES[:3]}, [int(row["train/tokens"]) for row in rows])
 
@@ -282,11 +287,10 @@ CHECKS = {"SDPO, JSD ½ over all logits": ("sdpo", jsd, "qwen3", "--support full
           "SDPO, JSD ½, top 20 and tail": ("sdpo", jsd_top20, "qwen3", "--support student_topk --topk 20", dict(
               distillation_mode="topk_logits", distillation_topk=20, distillation_add_tail=True)),
           "SDFT, forward KL": ("sdft", forward_kl, "qwen3", "--support full", {}),
-          "the same, sampled at temperature 0.7": ("sdft", forward_kl, "qwen3", "--support full --temperature 0.7", dict(temperature=0.7)),
           "the same, absolute positions (GPT-2)": ("sdft", forward_kl, "gpt2", "--support full", {}),
           "distillation, JSD ½": ("distill", jsd, "qwen3", "--support full", {})}
-# Where TRL computes something else: it divides the loss's logits by the sampling temperature, and counts padding as positions.
-DIFFERS = {"the same, sampled at temperature 0.7", "the same, absolute positions (GPT-2)"}
+# Where TRL computes something else: it counts padding as positions.
+DIFFERS = {"the same, absolute positions (GPT-2)"}
 
 
 def check(folder: Path, name: str) -> dict:
@@ -320,19 +324,23 @@ def check(folder: Path, name: str) -> dict:
 
     # Ours, by the script's own loss, one padded micro-batch.
     module = importlib.import_module(script)
-    args = common.parse(module.Args, module.PRESETS, [*our_flags(Case(script, "tiny", 64, "full", 1), folder, 1, 8192), *flags.split()])
+    args = common.parse_args(module.Args, module.PRESETS, [*our_flags(Case(script, "tiny", 64, "full", 1), folder, 1, 8192), *flags.split()])
     run = common.Run(args)
     student = common.load_model(str(folder / "model"), run)
     targets = common.Teacher(str(source) if script == "distill" else "base", 0.0, student, run).targets([(c, y) for _, c, y in taught])
     weight_N, nothing = torch.tensor(sum(weights, [])), [0.0] * 64
-    form = {"sdpo": lambda x, c, y: module.Sample(0, x, c, y, nothing[:len(y)], [True] * len(y), 0.0),
-            "sdft": lambda x, c, y: module.Sample(x, c, y, nothing[:len(y)], [True] * len(y)),
-            "distill": lambda x, c, y: module.Sample(x, y, nothing[:len(y)], None, [])}[script]
-    micro = [form(*triple) for triple in taught]
-    score = {"sdpo": lambda h, head: module.sdpo_loss(h, head, targets, [], micro, weight_N, total, args),
-             "sdft": lambda h, head: module.sdft_loss(h, head, targets, micro, weight_N, args),
-             "distill": lambda h, head: module.gkd_loss(h, head, targets, micro, weight_N, True, args)}[script]
-    loss, _ = common.on_completions(student, [(x, y) for x, _, y in taught], args, score)
+    h_ND = common.completion_states(student, [(x, y) for x, _, y in taught])
+    head = common.head_of(student)
+    if script == "sdpo":
+        micro = [module.Sample(0, x, c, y, nothing[:len(y)], [True] * len(y), 0.0) for x, c, y in taught]
+        counts = {"attempts": len(triples), "tokens": total, "all_tokens": total}
+        loss = module.sdpo_loss(h_ND, head, targets, micro, counts, args)[0]
+    elif script == "sdft":
+        micro = [module.Sample(x, c, y, nothing[:len(y)], [True] * len(y)) for x, c, y in taught]
+        loss = module.sdft_loss(h_ND, head, targets, micro, {"sequences": len(triples)}, args)[0]
+    else:
+        y_N = torch.tensor([token for *_, y in taught for token in y])
+        loss = common.distill_loss(h_ND, head, targets, y_N, weight_N, common.Objective("jsd"))[0]
     ours, our_gradient = loss.item(), gradient(student, loss)
 
     # TRL, by its trainer's compute_loss on the batch as it pads one.

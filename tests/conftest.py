@@ -1,4 +1,4 @@
-"""A tiny random model of each family, saved as any user's folder would be: enough for every test that is not about learning."""
+"""A tiny random model of each family, saved as a user's folder would be: enough for all but learning."""
 
 import json
 import os
@@ -19,11 +19,9 @@ torch.set_num_threads(1)
 
 import toy  # noqa: E402
 
-
-QUICK = {"test_loss", "test_models", "test_readme", "test_rows", "test_sampler", "test_settings", "test_teacher", "test_verifiers"}
-
-
-WORLD = {"test_learning", "test_toy"}                        # last: they need the laptop worlds, which take minutes to make
+QUICK = {"test_loss", "test_models", "test_readme", "test_rows", "test_sampler", "test_settings"}
+QUICK |= {"test_teacher", "test_verifiers"}
+WORLD = {"test_learning", "test_toy"}  # last: they need the laptop worlds, which take minutes to make
 
 
 def pytest_collection_modifyitems(items: list) -> None:
@@ -35,28 +33,42 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def worlds(request):
-    """The laptop worlds are made beside the other tests, on the second core; a test that comes to one too early waits for it."""
+    """The laptop worlds are made beside the other tests, on the second core; a test that is early waits."""
     builder = None
     if {item.module.__name__ for item in request.session.items} & WORLD:
-        builder = subprocess.Popen([sys.executable, "-c", "import toy; toy.build(); toy.build_lock()"], cwd=ROOT / "tests",
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-c", "import toy; toy.build(); toy.build_lock()"]
+        options = dict(cwd=ROOT / "tests", env={**os.environ, "OMP_NUM_THREADS": "1"})
+        builder = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
     yield
     if builder:
-        builder.send_signal(signal.SIGINT)                   # which cleans up behind itself
+        builder.send_signal(signal.SIGINT)  # which cleans up behind itself
 
 
 def make_model(folder: Path, family: str = "qwen3", seed: int = 0, **changes) -> Path:
-    """A saved random model of `family` with the laptop world's tokenizer; weights large enough that its outputs are not uniform."""
+    """A saved random model of `family` with the laptop world's tokenizer; its weights are large."""
     import transformers
+
     tokenizer = toy.make_tokenizer()
-    shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
-                 bos_token_id=None, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3, tie_word_embeddings=False)
+    shape = dict(
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=0.3,
+    )
     if family == "gpt2":
-        shape = dict(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=512, eos_token_id=tokenizer.eos_token_id,
-                     bos_token_id=None, initializer_range=0.3)
-    config_class = {"qwen3": "Qwen3Config", "llama": "LlamaConfig", "gemma2": "Gemma2Config", "gpt2": "GPT2Config",
-                    "granite": "GraniteConfig", "cohere": "CohereConfig"}[family]
+        shape |= dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)
+    else:
+        shape |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        shape |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
+        shape |= dict(pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False)
+    config_class = {
+        "qwen3": "Qwen3Config",
+        "llama": "LlamaConfig",
+        "gemma2": "Gemma2Config",
+        "gpt2": "GPT2Config",
+        "granite": "GraniteConfig",
+        "cohere": "CohereConfig",
+    }[family]
     torch.manual_seed(seed)
     config = getattr(transformers, config_class)(**shape | changes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -66,22 +78,39 @@ def make_model(folder: Path, family: str = "qwen3", seed: int = 0, **changes) ->
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> SimpleNamespace:
-    """`model`, `teacher`: random Qwen3 folders; `data`: 24 rows with demonstrations of unequal length; `eval`: 8 rows with answers."""
+    """`model`, `teacher`: random Qwen3 folders; `data`: 24 rows with demonstrations; `eval`: 8 rows."""
     folder = tmp_path_factory.mktemp("tiny")
     make_model(folder / "model")
     make_model(folder / "teacher", seed=6)
     digits = ["4721", "38", "905", "1", "66", "7203", "418", "59"]
-    rows = [{"prompt": f"zig:{d}{i % 10}", "privileged_context": "so" + "".join(f"{a}>{i % 7};" for a in d), "answer": d, "completion": d[::-1]} for i in range(3) for d in digits]
+    rows = []
+    for i in range(3):
+        for d in digits:  # of unequal length
+            context = "so" + "".join(f"{a}>{i % 7};" for a in d)
+            row = {"prompt": f"zig:{d}{i % 10}", "privileged_context": context, "answer": d}
+            rows.append({**row, "completion": d[::-1]})
     for name, part in (("data", rows), ("eval", rows[:8])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return SimpleNamespace(folder=folder, model=folder / "model", teacher=folder / "teacher", data=folder / "data.jsonl", eval=folder / "eval.jsonl")
+    files = dict(data=folder / "data.jsonl", eval=folder / "eval.jsonl")
+    return SimpleNamespace(folder=folder, model=folder / "model", teacher=folder / "teacher", **files)
+
+
+# A verifier with rewards and feedback for any text.
+JUDGE = """
+def judge(completion, row):
+    n = sum(map(ord, completion)) % 4
+    return (float(n == 0), f'4:{n % 10};')
+"""
 
 
 def launch(command: str, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Runs `sdft.py --flag ...` as a user would: python, or torchrun with several processes, one thread each."""
-    runner = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    """Runs `sdft.py --flag ...` as a user would, with python or torchrun, one thread per process."""
+    runner = [sys.executable]
+    if processes > 1:
+        runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*runner, *command.split()], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    options = dict(capture_output=True, text=True, timeout=600)
+    return subprocess.run([*runner, *command.split()], cwd=cwd, env=env, **options)
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -91,7 +120,8 @@ def metrics_of(out: Path) -> list[dict]:
 def checkpoint(out, step):
     """Its tensors by name, whole, and its state."""
     folder = out / "checkpoints" / f"step-{step:08d}"
-    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items()}
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
     dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     return {**tensors, **json.loads((folder / "state.json").read_text())}
 
@@ -103,16 +133,25 @@ def part(state, name):
 def run_here(script: str, out: Path, tiny: SimpleNamespace, flags: str = "") -> list[dict]:
     """One run of a script in this process on the tiny model; its metrics, a row a step."""
     import importlib
-    from common import parse
+
+    from common import parse_args
+
     module = importlib.import_module(script)
-    module.main(parse(module.Args, module.PRESETS, flags_of(script, out, tiny, flags).split()))
+    module.main(parse_args(module.Args, module.PRESETS, flags_of(script, out, tiny, flags).split()))
     return metrics_of(out)
 
 
 def flags_of(script: str, out: Path, tiny: SimpleNamespace, more: str = "") -> str:
     """Three steps of a script on the tiny model, small enough for any test."""
-    own = {"sdft": "--skip-tokens 1", "sdpo": "--rollouts 3 --eval-samples 1 --eval-temperature 0",
-           "srt": "--collect-batch 6 --keep all --eval-temperature 0", "sdzero": "--phrases qwen --eval-temperature 0",
-           "distill": f"--teacher {tiny.teacher} --verifier exact --eval-temperature 0"}
-    return (f"--model {tiny.model} --data {tiny.data} --eval-data {tiny.eval} --max-completion-tokens 30 --max-prompt-tokens 64 --prompts-per-step 8 --steps 3 "
-            f"--warmup 1 --lr 1e-3 --out {out} {own[script]} {more}")
+    own = {
+        "sdft": "--skip-tokens 1",
+        "sdpo": "--rollouts 3 --eval-samples 1 --eval-temperature 0",
+        "srt": "--collect-batch 6 --keep all --eval-temperature 0",
+        "sdzero": "--phrases qwen --eval-temperature 0",
+        "distill": f"--teacher {tiny.teacher} --verifier exact --eval-temperature 0",
+    }
+    common = (
+        f"--model {tiny.model} --data {tiny.data} --eval-data {tiny.eval} --max-completion-tokens 30 "
+        f"--max-prompt-tokens 64 --prompts-per-step 8 --steps 3 --warmup 1 --lr 1e-3 --out {out}"
+    )
+    return f"{common} {own[script]} {more}"

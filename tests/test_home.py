@@ -1,4 +1,4 @@
-"""Taking an algorithm home: its script and common.py alone, a user's own rows, verifier and model, all as the README shows them."""
+"""An algorithm taken home: its script and common.py alone, with a user's rows, verifier and model."""
 
 import ast
 import json
@@ -13,11 +13,21 @@ import pytest
 from conftest import ROOT, make_model, metrics_of
 
 README = (ROOT / "README.md").read_text()
-ROWS = dict(zip(("sdft", "sdpo", "srt", "sdzero", "distill"), re.search(r"```json\n(.*?)```", README, re.S)[1].splitlines(), strict=True))
+ROWS = dict(
+    zip(
+        ("sdft", "sdpo", "srt", "sdzero", "distill"),
+        re.search(r"```json\n(.*?)```", README, re.S)[1].splitlines(),
+        strict=True,
+    )
+)
 GRADE = re.search(r"```python\n(def grade.*?)```", README, re.S)[1]
-OWN = {"sdft": "--preset tooluse --cut-off keep --skip-tokens 1", "sdpo": "--preset tooluse --cut-off keep --rollouts 2 --topk 8 --eval-samples 1",
-       "srt": "--preset math --keep all --collect-batch 2 --eval-samples 1", "sdzero": "--preset math --cut-off keep --phrases qwen --eval-samples 1",
-       "distill": "--preset gkd-gsm8k --cut-off keep --teacher teacher"}
+OWN = {
+    "sdft": "--preset tooluse --skip-tokens 1",
+    "sdpo": "--preset tooluse --rollouts 2 --topk 8 --eval-samples 1",
+    "srt": "--preset math --keep all --collect-batch 2 --eval-samples 1",
+    "sdzero": "--preset math --phrases qwen --eval-samples 1",
+    "distill": "--preset gkd-gsm8k --teacher teacher",
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +45,35 @@ def test_two_files_are_enough(script, models, tmp_path):
         shutil.copy(ROOT / file, tmp_path)
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     row = {**json.loads(ROWS[script]), "prompt": [{"role": "user", "content": "add:12+34"}]}
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (json.loads(ROWS[script]), row) * 2))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in (json.loads(ROWS[script]), row) * 2)
+    )
     (tmp_path / "mine.py").write_text(GRADE)
-    command = (f"{script}.py --model model --data rows.jsonl --eval-data rows.jsonl --verifier mine.py:grade --out run --steps 2 --prompts-per-step 2 "
-               f"--max-completion-tokens 8 --warmup 1 --lr 1e-3 {OWN[script]}")
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    command = (
+        f"{script}.py --model model --data rows.jsonl --eval-data rows.jsonl --verifier mine.py:grade "
+        "--out run --steps 2 --prompts-per-step 2 "
+        f"--max-completion-tokens 8 --warmup 1 --lr 1e-3 {OWN[script]}"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert metrics_of(tmp_path / "run")[-1]["step"] == 2 and (tmp_path / "run" / "last" / "config.json").exists()
+    assert (
+        metrics_of(tmp_path / "run")[-1]["step"] == 2 and (tmp_path / "run" / "last" / "config.json").exists()
+    )
 
 
 @pytest.mark.parametrize("script", ROWS)
 def test_it_needs_what_pyproject_lists(script):
-    """What the two files import when they are imported is the standard library, each other, or a dependency; the rest is lazy."""
-    listed = {re.match(r"[\w-]+", line)[0] for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
+    """On import the two files need the standard library, each other and dependencies; the rest is lazy."""
+    listed = {
+        re.match(r"[\w-]+", line)[0]
+        for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    }
     for file in (script, "common"):
         tree = ast.parse((ROOT / f"{file}.py").read_text())
         names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}

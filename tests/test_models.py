@@ -1,6 +1,7 @@
-"""Loading and saving: logits are the model's own, LoRA is added exactly, folders reopen as any Hugging Face folder."""
+"""Loading and saving: logits are the model's own, LoRA is added exactly, folders reopen as plain ones."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +9,38 @@ import torch
 from conftest import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import InputError, Run, check_head, full_weights, head_of, load_model, load_tokenizer, save_folder
+from common import (
+    InputError,
+    Objective,
+    Run,
+    check_model,
+    completion_states,
+    distill_loss,
+    full_weights,
+    head_of,
+    load_model,
+    load_tokenizer,
+    save_folder,
+    token_logps,
+)
 
 IDS = torch.tensor([[3, 20, 21, 22, 5, 4, 30, 31]])
+PAIRS = [([3, 20, 21, 5, 4], [30, 31, 5]), ([3, 22, 5, 4], [32, 33, 34, 35, 5])]
+FAMILIES = [
+    ("qwen3", {}),
+    ("qwen3", {"tie_word_embeddings": True}),
+    ("llama", {"mlp_bias": True}),
+    ("gpt2", {}),
+    ("gemma2", {"final_logit_softcapping": 3.0}),
+    ("granite", {"logits_scaling": 6.0}),
+    ("cohere", {"logit_scale": 0.3}),
+]
 
 
 @pytest.fixture
 def run(tmp_path):
-    return Run(SimpleNamespace(out=str(tmp_path / "run"), seed=0))
+    args = dict(out=str(tmp_path / "run"), seed=0, dtype="auto", activation_checkpointing=False)
+    return Run(SimpleNamespace(**args))
 
 
 def disturb_lora(model):
@@ -25,9 +50,7 @@ def disturb_lora(model):
             p.data.normal_(std=0.2)
 
 
-@pytest.mark.parametrize("family, changes", [
-    ("qwen3", {}), ("qwen3", {"tie_word_embeddings": True}), ("llama", {"mlp_bias": True}), ("gpt2", {}),
-    ("gemma2", {"final_logit_softcapping": 3.0}), ("granite", {"logits_scaling": 6.0}), ("cohere", {"logit_scale": 0.3})])
+@pytest.mark.parametrize("family, changes", FAMILIES)
 def test_logits_from_hidden_states_are_the_models_own(family, changes, tmp_path, run):
     """Trap 53: soft-capping (Gemma 2), scaling (Granite, Cohere), tied and untied heads."""
     model = load_model(str(make_model(tmp_path / "m", family, **changes)), run)
@@ -37,12 +60,96 @@ def test_logits_from_hidden_states_are_the_models_own(family, changes, tmp_path,
     assert torch.allclose(ours, theirs, atol=1e-5) and theirs.std() > 0.01
 
 
-def test_a_head_that_does_something_else_is_refused(tmp_path, run):
+# ---- Refused: what we would compute wrongly, or save wrongly
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_head_that_does_something_else_is_refused(lora, tmp_path, run):
+    model = load_model(str(make_model(tmp_path / "m")), run, lora)
+    check_model(model, "--model m")
+    model.lm_head.register_forward_hook(change_logits)
+    message = "^--model m is not supported: its logits from hidden states differ by "
+    with pytest.raises(InputError, match=message):
+        check_model(model, "--model m")
+
+
+def change_logits(module, args, logits):
+    return logits + 0.1 * logits.sin()
+
+
+@pytest.mark.parametrize("forgotten", ["past_key_values", "position_ids"])
+def test_a_model_whose_decoding_disagrees_is_refused(forgotten, tmp_path, run):
+    """It drops the cache, or counts positions from the padding."""
+    family = "gpt2" if forgotten == "position_ids" else "qwen3"  # relative positions forgive a shift
+    model = load_model(str(make_model(tmp_path / "m", family)), run)
+    read = model.read
+
+    def forgetful(**inputs):
+        if "past_key_values" in inputs and inputs["past_key_values"].get_seq_length():
+            inputs.pop(forgotten)
+            inputs.pop("attention_mask")
+        return read(**inputs)
+
+    model.read = forgetful
+    with pytest.raises(InputError, match="^--model m is not supported: its logits with a cache differ by "):
+        check_model(model, "--model m")
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, TypeError, ValueError])
+def test_a_model_that_cannot_decode_with_our_cache_is_refused(error, tmp_path, run):
     model = load_model(str(make_model(tmp_path / "m")), run)
-    head = model.lm_head
-    head.register_forward_hook(lambda module, args, out: out + 0.1 * out.sin())
-    with pytest.raises(InputError, match="head"):
-        check_head(model, "m")
+    read = model.read
+
+    def failing(**inputs):
+        if "past_key_values" in inputs:
+            raise error("a cache of my own\nand more lines")
+        return read(**inputs)
+
+    model.read = failing
+    with pytest.raises(InputError, match=r"^--model m cannot decode with a cache \(a cache of my own\)$"):
+        check_model(model, "--model m")
+
+
+def test_adapters_that_the_saved_folder_would_not_contain_are_refused(tmp_path, run):
+    model = load_model(str(make_model(tmp_path / "m")), run, lora_rank=2)
+    check_model(model, "--model m")
+    layer = model.model.layers[0].mlp.up_proj
+    delta = layer.get_delta_weight
+    layer.get_delta_weight = lambda name: 0.5 * delta(name)
+    with pytest.raises(
+        InputError,
+        match="^--model m is not supported: its logits from the folder that would be saved differ by ",
+    ):
+        check_model(model, "--model m")
+
+
+def test_the_check_leaves_adapters_at_zero_and_the_model_as_the_folder_has_it(tmp_path, run):
+    folder = make_model(tmp_path / "m")
+    model = load_model(str(folder), run, lora_rank=2)
+    assert all((p == 0).all() for name, p in model.named_parameters() if "lora_B" in name)
+    assert all((p != 0).any() for name, p in model.named_parameters() if "lora_A" in name)
+    plain = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    weights = dict(full_weights(model))
+    assert weights.keys() == plain.keys() and all(torch.equal(weights[name], plain[name]) for name in plain)
+
+
+def test_folders_without_tokenizer_chat_template_or_model_are_refused(tmp_path, run):
+    folder = make_model(tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="no chat template"):
+        load_tokenizer(str(folder))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(InputError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(folder))
+    with pytest.raises(InputError, match="no model could be loaded"):
+        load_model(str(tmp_path / "nowhere"), run)
+
+
+# ---- What is trained
 
 
 def test_weights_are_fp32_and_dropout_is_off(tmp_path, run):
@@ -54,52 +161,132 @@ def test_weights_are_fp32_and_dropout_is_off(tmp_path, run):
     assert torch.equal(model(IDS).logits, model(IDS).logits)
 
 
-def test_lora_trains_adapters_on_all_linear_layers_but_the_head(tmp_path, run):
-    model = load_model(str(make_model(tmp_path / "m")), run, lora_rank=2)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained) and "lm_head" not in str(trained)
+LLAMA_LAYERS = {
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
+
+
+@pytest.mark.parametrize(
+    "family, blocks, layers",
+    [
+        *(
+            (family, "model.layers", LLAMA_LAYERS)
+            for family in ("qwen3", "llama", "gemma2", "granite", "cohere")
+        ),
+        ("gpt2", "transformer.h", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+    ],
+)
+def test_lora_trains_adapters_on_all_linear_layers_but_the_head(family, blocks, layers, tmp_path, run):
+    """The names are those in checkpoints: a run of an older version resumes only if they stay."""
+    model = load_model(str(make_model(tmp_path / "m", family)), run, lora_rank=2)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {
+        f"{blocks}.{i}.{layer}.lora_{side}.default.weight"
+        for i in range(2)
+        for layer in layers
+        for side in "AB"
+    }
     assert {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")} == {2.0}
 
 
-def test_merged_weights_are_the_adapted_model_and_leave_it_untouched(tmp_path, run):
-    """Trap 55: merging is an addition into a copy; the live weights stay bit for bit."""
-    folder = make_model(tmp_path / "m")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("lora", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("family, tied", [("qwen3", False), ("qwen3", True), ("gpt2", True)])
+def test_gradients_with_the_head_used_after_the_forward_are_those_of_one_graph(
+    family, tied, lora, checkpointing, tmp_path, run
+):
+    """A tied head adds to the gradient of the embedding; each trained weight gets one, frozen ones none."""
+    run.args.activation_checkpointing = checkpointing
+    model = load_model(str(make_model(tmp_path / "m", family, tie_word_embeddings=tied)), run, lora)
+    disturb_lora(model)
+    y_N = torch.tensor([token for _, y in PAIRS for token in y])
+    weight_N, t_NV = torch.linspace(0.2, 1, len(y_N)), torch.randn(len(y_N), 89)
+    teacher = [(1.0, t_NV, head_of(model)._replace(weight=torch.eye(89), bias=None))]
+
+    h_ND = completion_states(model, PAIRS)
+    divergence, _ = distill_loss(h_ND, head_of(model), teacher, y_N, weight_N, Objective(chunk=3))
+    logp_N, _ = token_logps(h_ND, head_of(model), y_N, chunk=3)
+    (divergence - (weight_N * logp_N).sum()).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+    model.zero_grad()
+    texts = [(len(prompt), torch.tensor([prompt + y])) for prompt, y in PAIRS]
+    z = [model(ids, use_cache=False).logits[0, start - 1 : -1] for start, ids in texts]
+    log_p, log_q = torch.cat(z).log_softmax(-1), t_NV.log_softmax(-1)
+    each = (log_q.exp() * (log_q - log_p)).sum(-1) - log_p.gather(1, y_N[:, None])[:, 0]
+    (weight_N * each).sum().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+# ---- What is saved
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_merged_weights_are_the_adapted_model_and_leave_it_untouched(family, tmp_path, run):
+    """Trap 55: merging adds into a copy; live weights stay bit for bit. GPT-2's layers are transposed."""
+    folder = make_model(tmp_path / "m", family)
     model = load_model(str(folder), run, lora_rank=2)
     disturb_lora(model)
     before = copy.deepcopy(model.state_dict())
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     base = plain(IDS).logits
     plain.load_state_dict(dict(full_weights(model)))
-    assert torch.allclose(plain(IDS).logits, model(IDS).logits, atol=1e-4) and not torch.allclose(base, model(IDS).logits, atol=1e-2)
+    assert torch.allclose(plain(IDS).logits, model(IDS).logits, atol=1e-4)
+    assert not torch.allclose(base, model(IDS).logits, atol=1e-2)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("family, lora, changes", [("qwen3", 0, {}), ("qwen3", 2, {}), ("llama", 0, {"tie_word_embeddings": True}), ("gemma2", 2, {})])
+@pytest.mark.parametrize(
+    "family, lora, changes",
+    [("qwen3", 0, {}), ("qwen3", 2, {}), ("llama", 0, {"tie_word_embeddings": True}), ("gemma2", 2, {})],
+)
 def test_a_saved_folder_reopens_and_generates_the_same_tokens(family, lora, changes, tmp_path, run):
-    model, tokenizer = load_model(str(make_model(tmp_path / "m", family, **changes)), run, lora), load_tokenizer(str(tmp_path / "m"))
+    model = load_model(str(make_model(tmp_path / "m", family, **changes)), run, lora)
+    run.tokenizer = load_tokenizer(str(tmp_path / "m"))
     disturb_lora(model)
     run.out.mkdir()
-    save_folder(run, model, tokenizer, "best", "card")
-    save_folder(run, model, tokenizer, "best", "card")                               # replaces its predecessor
+    run.files["commands.txt"] = "a file that every folder contains"
+    config = copy.deepcopy(model.config)
+    save_folder(run, model, "best", "the old card")
+    save_folder(run, model, "best", "card")
     reopened = AutoModelForCausalLM.from_pretrained(run.out / "best", attn_implementation="eager")
-    config = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=5, pad_token_id=0)
-    assert torch.equal(reopened.generate(IDS, generation_config=config), model.generate(IDS, generation_config=config))
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=5, pad_token_id=0)
+    theirs, ours = (m.generate(IDS, generation_config=greedy) for m in (reopened, model))
+    assert torch.equal(theirs, ours)
     assert torch.allclose(reopened(IDS).logits, model(IDS).logits, atol=1e-4)
-    assert AutoTokenizer.from_pretrained(run.out / "best").chat_template == tokenizer.chat_template
+    assert AutoTokenizer.from_pretrained(run.out / "best").chat_template == run.tokenizer.chat_template
+    assert (run.out / "best" / "README.md").read_text() == "card"
+    assert model.config == config  # by which copies of the model are known
+    assert (run.out / "best" / "commands.txt").exists()
     assert sorted(p.name for p in run.out.iterdir()) == ["best"]
 
 
-def test_folders_without_tokenizer_chat_template_or_model_are_refused(tmp_path, run):
+@pytest.mark.parametrize("said", [{"temperature": 0.7}, {"top_p": 0.8, "top_k": 20, "do_sample": False}])
+def test_a_generation_config_that_transformers_would_not_write_is_saved(said, tmp_path, run):
+    """Sampling parameters beside do_sample = false: such folders load, and must not fail at the end."""
     folder = make_model(tmp_path / "m")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = None
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(InputError, match="no chat template"):
-        load_tokenizer(str(folder))
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(InputError, match="no tokenizer could be loaded"):
-        load_tokenizer(str(folder))
-    with pytest.raises(InputError, match="no model could be loaded"):
-        load_model(str(tmp_path / "nowhere"), run)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    model = load_model(str(folder), run)
+    run.tokenizer = load_tokenizer(str(folder))
+    run.out.mkdir()
+    save_folder(run, model, "last", "card")
+    saved = json.loads((run.out / "last" / "generation_config.json").read_text())
+    said.pop("do_sample", None)
+    assert said.items() <= saved.items() and saved["do_sample"] is True and saved["eos_token_id"] == 5
+
+
+def test_a_folder_is_saved_in_the_dtype_of_its_source(tmp_path, run):
+    folder = make_model(tmp_path / "m")
+    AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    model = load_model(str(folder), run, lora_rank=2)
+    run.tokenizer = load_tokenizer(str(folder))
+    run.out.mkdir()
+    save_folder(run, model, "last", "card")
+    saved = AutoModelForCausalLM.from_pretrained(run.out / "last", dtype="auto")
+    assert {p.dtype for p in saved.parameters()} == {torch.bfloat16} and saved.config.dtype == torch.bfloat16
+    assert model.config.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.float32}

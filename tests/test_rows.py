@@ -1,14 +1,27 @@
-"""Data: every format and data set's columns, errors that name file and row, templates that survive any text."""
+"""Data: every format and data set's columns, errors with file and row, templates that survive any text."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import datasets
 import pytest
-
 import toy
-from common import (InputError, as_messages, batch_rows, chat_ids, fill, fit, load_rows, load_verifier, sciknoweval_row, tokenize, tool_use)
-from sdft import to_row, to_training_row
+
+import sdpo
+from common import (
+    InputError,
+    Run,
+    as_messages,
+    chat_ids,
+    claim_folder,
+    fill_template,
+    load_evals,
+    load_rows,
+    step_rows,
+    tokenize,
+)
+from sdft import Args, to_row, to_training_row
 
 ROWS = [{"prompt": f"zig:{i}", "answer": str(i)} for i in range(5)]
 
@@ -16,6 +29,17 @@ ROWS = [{"prompt": f"zig:{i}", "answer": str(i)} for i in range(5)]
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def same(raw):
+    return raw
+
+
+def training_row(raw):
+    return to_training_row(raw, Args())
+
+
+# ---- Formats
 
 
 def test_every_format_gives_the_same_rows(tmp_path):
@@ -26,139 +50,265 @@ def test_every_format_gives_the_same_rows(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     write(tmp_path / "rows.jsonl", ROWS)
     for name in ("folder", "folders", "rows.parquet", "rows.json", "rows.jsonl"):
-        rows = load_rows(str(tmp_path / name))
+        rows = load_rows(str(tmp_path / name), same)
         assert [{k: row[k] for k in ROWS[0]} for row in rows] == ROWS
-        assert [row["id"] for row in rows] == [1, 2, 3, 4, 5] and rows[2]["where"] == f"{name}:3"
+        assert [row["id"] for row in rows] == [1, 2, 3, 4, 5]
+        assert rows[2]["where"] == f"{name}:3"
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "no rows in it"),
-    ('{"prompt": "a", "privileged_context": "b"}\n' * 16 + '{"prompt": "a", \n', r"rows.jsonl:17: not JSON"),
-    ('["prompt"]\n', "rows.jsonl:1: expected a JSON object with named columns, found list"),
-    ('{"question": "a", "context": "b"}\n', r"rows.jsonl:1: no 'prompt' in this row \(it has: question, context\)"),
-    ('{"prompt": "a", "answer": "b"}\n', r"rows.jsonl:1: no 'privileged_context' in this row \(it has: prompt, answer\)"),
-    ('{"prompt": "a", "privileged_context": " "}\n', "rows.jsonl:1: the privileged_context is empty"),
-    ('{"prompt": "", "privileged_context": "b"}\n', "rows.jsonl:1: the prompt is empty"),
-    ('{"prompt": [{"role": "assistant", "content": "a"}], "privileged_context": "b"}\n', "ends with the user's"),
-])
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl", "train.txt"])
+def test_lines_and_arrays_are_told_apart_by_content(name, tmp_path):
+    """The authors' files hold JSON lines and are called train.json."""
+    lines = load_rows(write(tmp_path / name, ROWS), same)
+    (tmp_path / name).write_text("\n " + json.dumps(ROWS, indent=1))
+    array = load_rows(str(tmp_path / name), same)
+    assert [row["prompt"] for row in lines] == [row["prompt"] for row in array]
+    assert [row["where"] for row in lines] == [f"{name}:{i}" for i in range(1, 6)]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\v", "\r"])
+def test_lines_end_at_newlines_only(mark, tmp_path):
+    rows = [{"prompt": f"a{mark}b", "answer": mark}, {"prompt": "c", "answer": "d"}]
+    text = "".join(json.dumps(row, ensure_ascii=mark in "\v\r") + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    got = load_rows(str(tmp_path / "rows.jsonl"), same)
+    assert [row["prompt"] for row in got] == [f"a{mark}b", "c"]
+    assert got[1]["where"] == "rows.jsonl:2"
+
+
+def test_two_splits_need_a_name(tmp_path):
+    """As evaluation data too: it never is the training split by accident."""
+    split = datasets.Dataset.from_list(ROWS)
+    both = datasets.DatasetDict({"train": split, "test": split.select([4])})
+    both.save_to_disk(tmp_path / "both")
+    args = Args(eval_data=(f"{tmp_path}/both",))
+    with pytest.raises(InputError, match="--eval-data .*both has the splits train, test; name one"):
+        load_evals(args, to_row, toy.make_tokenizer())
+    args.eval_data = (f"{tmp_path}/both@test",)
+    [rows] = load_evals(args, to_row, toy.make_tokenizer()).values()
+    assert [row["answer"] for row in rows] == ["4"]
+    with pytest.raises(InputError, match="has the splits train, test"):
+        load_rows(f"{tmp_path}/both@validation", to_row)
+
+
+# ---- Errors
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no rows in it"),
+        ('{"prompt": "a", "privileged_context": "b"}\n' * 16 + '{"prompt": "a", \n', "rows.jsonl:17: .*JSON"),
+        ('["prompt"]\n', "rows.jsonl.*: "),
+        ('{"question": "a"}\n', r"rows.jsonl:1: missing column 'prompt' \(found: question\)"),
+        ('{"prompt": "a", "answer": "b"}\n', "rows.jsonl:1: missing column 'privileged_context'"),
+        ('{"prompt": "a", "privileged_context": " "}\n', "rows.jsonl:1: the privileged_context is empty"),
+        ('{"prompt": "", "privileged_context": "b"}\n', "rows.jsonl:1: the prompt is empty"),
+        ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', "rows.jsonl:1: .*ends with the user's"),
+        ('{"prompt": null, "privileged_context": "b"}\n', "rows.jsonl:1: missing column 'prompt'"),
+        ('{"prompt": 7, "privileged_context": "b"}\n', "rows.jsonl:1: "),
+        ('{"prompt": ["a"], "privileged_context": "b"}\n', "rows.jsonl:1: "),
+        ('{"prompt": "a", "privileged_context": 7}\n', "rows.jsonl:1: "),
+    ],
+)
 def test_errors_name_file_and_row(text, message, tmp_path):
     (tmp_path / "rows.jsonl").write_text(text)
-    with pytest.raises(InputError, match=message):
-        load_rows(str(tmp_path / "rows.jsonl"), to_training_row)
+    with pytest.raises(InputError, match=message) as error:
+        load_rows(str(tmp_path / "rows.jsonl"), training_row)
+    assert "\n" not in str(error.value)
+
+
+def test_null_columns_are_absent_columns(tmp_path):
+    """Every parquet file with mixed columns has them, in messages too."""
+    message = {"role": "user", "content": "zig:1", "name": None, "tool_calls": None}
+    rows = [
+        {"prompt": [message], "teacher_prompt": None, "privileged_context": "so1>1;"},
+        {"prompt": [message], "teacher_prompt": "rev:1", "privileged_context": None},
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    told, own = load_rows(f"{tmp_path}/rows.parquet", training_row)
+    assert told["prompt"] == as_messages("zig:1")
+    assert "so1>1;" in told["teacher_messages"][0]["content"]
+    assert own["teacher_messages"] == as_messages("rev:1")
 
 
 def test_blank_lines_are_passed_over_but_counted(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n\n')
-    assert [(row["prompt"], row["where"]) for row in load_rows(str(tmp_path / "rows.jsonl"))] == [("a", "rows.jsonl:1"), ("b", "rows.jsonl:3")]
+    rows = load_rows(str(tmp_path / "rows.jsonl"), same)
+    assert [(row["prompt"], row["where"]) for row in rows] == [("a", "rows.jsonl:1"), ("b", "rows.jsonl:3")]
 
 
-@pytest.mark.parametrize("line, message", [("{}", "rows.jsonl:3: no 'prompt'"), ("null", "rows.jsonl:3: expected a JSON object"), ("[]", "rows.jsonl:3: expected")])
+@pytest.mark.parametrize(
+    "line, message",
+    [("{}", "missing column 'prompt'"), ("null", "expected a JSON object"), ("[]", "expected")],
+)
 def test_an_empty_row_is_no_blank_line(line, message, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n\n' + line + "\n")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"rows.jsonl:3: {message}"):
         load_rows(str(tmp_path / "rows.jsonl"), to_row)
 
 
 def test_a_missing_source_says_what_would_work(tmp_path):
-    with pytest.raises(InputError, match="no --data given"):
-        load_rows("")
+    with pytest.raises(InputError, match="--data is missing: a JSONL"):
+        load_rows("", same)
     with pytest.raises(InputError, match="no such file"):
-        load_rows(str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(InputError, match="neither a file nor a folder"):
-        load_rows("no/such-set:en@train")
+        load_rows(str(tmp_path / "nowhere.jsonl"), same)
+    with pytest.raises(InputError, match="no data could be loaded"):
+        load_rows("no/such-set:en@train", same)
     with pytest.raises(InputError, match="toy:0/nothing"):
-        load_rows("toy:0/nothing.jsonl")
+        load_rows("toy:0/nothing.jsonl", same)
+
+
+def test_a_template_that_fails_names_file_and_row():
+    """Gemma's refuses a system message."""
+    tokenizer = toy.make_tokenizer()
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    system = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
+    rows = [{"prompt": as_messages(prompt), "where": f"f:{i}"} for i, prompt in enumerate(("a", system))]
+    with pytest.raises(InputError, match="f:1: no system role"):
+        tokenize(rows, tokenizer, Args())
+    assert tokenize(rows[:1], tokenizer, Args())
+
+
+# ---- Prompts
+
+
+def test_text_parts_are_joined_and_other_parts_refused():
+    def parts(*kinds):
+        content = [{"type": kind, "text": f"zig:{i}"} for i, kind in enumerate(kinds)]
+        return [{"role": "user", "content": content}]
+
+    assert as_messages(parts("text", "text")) == as_messages("zig:0zig:1")
+    with pytest.raises(ValueError, match="a part that is not text"):
+        as_messages(parts("text", "image"))
+    tokenizer = toy.make_tokenizer()
+    shown = tokenizer.decode(chat_ids(tokenizer, as_messages(parts("text")), {}, Args()))
+    assert "zig:0" in shown  # of every message the text occurs in what is read
 
 
 def test_columns_of_the_papers_data_sets():
-    tool = {"prompt": "Your task", "golden_answer": [{"Action": "a", "Action_Input": "{}"}], "golden_response": ["Thought: x", "Action: a"], "name": "n"}
-    row = to_training_row(tool)
-    assert row["privileged_context"] == "Thought: x\nAction: a" and row["answer"] == tool["golden_answer"] and row["prompt"][0]["content"] == "Your task"
-    science = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], "output_text": "demo"}
-    row = to_training_row(science)
-    assert row["prompt"] == science["messages"] and row["privileged_context"] == "demo"
-    row = to_training_row({"Question": "q", "Complex_CoT": "think", "Response": "r"})
+    calls = [{"Action": "a", "Action_Input": "{}"}]
+    tool = {"prompt": "Task", "golden_answer": calls, "golden_response": ["Thought: x", "Action: a"]}
+    row = training_row(tool)
+    assert row["privileged_context"] == "Thought: x\nAction: a"
+    assert row["answer"] == calls
+    assert row["prompt"] == as_messages("Task")
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    row = training_row({"messages": messages, "output_text": "demo"})
+    assert row["prompt"] == messages
+    assert row["privileged_context"] == "demo"
+    row = training_row({"Question": "q", "Complex_CoT": "think", "Response": "r"})
     assert row["privileged_context"] == "think\n\nr"
-    raw = {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B", "domain": "Physics",
-           "details": {"level": "L3"}, "type": "mcq-2-choices"}
+    raw = {
+        "question": "Q?",
+        "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+        "answerKey": "B",
+        "details": {"level": "L3"},
+        "type": "mcq-2-choices",
+    }
     system, user = to_row(raw)["prompt"]
-    assert user["content"] == "Q?\n\nA: x\nB: y" and system["content"].startswith("\nGiven a question") and system["content"].endswith("</answer>\n")
-    assert sciknoweval_row(raw, "\nPlease reason step by step.")["prompt"][1]["content"].endswith("B: y\nPlease reason step by step.")
+    assert user["content"] == "Q?\n\nA: x\nB: y"
+    assert system["content"].startswith("\nGiven a question")
+    assert system["content"].endswith("</answer>\n")
+    assert sdpo.to_row(raw)["prompt"][1]["content"].endswith("B: y\nPlease reason step by step.")
+    assert sdpo.to_row(raw)["prompt"][0] == system
     assert to_row(raw)["answer"] == "B"
+    assert to_row({**raw, "details": {"level": "L1"}}) is None
 
 
 def test_templates_keep_braces_and_percent_signs():
     """Trap 47: values that look like places stay what they are."""
-    assert fill("{prompt} {x} %s {demonstration}", prompt="{demonstration} %d", demonstration="{prompt}") == "{demonstration} %d {x} %s {prompt}"
-
-
-def test_prompts_over_a_limit_are_an_error_or_a_drop():
-    assert fit([1] * 4, 4, "--max-prompt-tokens", "f:1", drop=False) and not fit([1] * 5, 4, "--max-prompt-tokens", "f:1", drop=True)
-    with pytest.raises(InputError, match="f:1: 5 tokens, over --max-prompt-tokens 4"):
-        fit([1] * 5, 4, "--max-prompt-tokens", "f:1", drop=False)
+    filled = fill_template(
+        "{prompt} {x} %s {demonstration}", prompt="{demonstration} %d", demonstration="{prompt}"
+    )
+    assert filled == "{demonstration} %d {x} %s {prompt}"
 
 
 def test_chat_ids_go_up_to_the_generation_prompt():
     tokenizer = toy.make_tokenizer()
-    ids = chat_ids(tokenizer, as_messages("zig:4721"), {})
-    assert ids == tokenizer("<|user|>zig:4721<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
-    tokenizer.chat_template = tokenizer.chat_template + "{% if enable_thinking is defined and not enable_thinking %} no{% endif %}"
-    assert chat_ids(tokenizer, as_messages("zig:4721"), {"enable_thinking": False}) == ids + tokenizer(" no")["input_ids"]
+    ids = chat_ids(tokenizer, as_messages("zig:4721"), {}, Args())
+    text = "<|user|>zig:4721<|end|><|assistant|>"
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %} no{% endif %}"
+    quick = chat_ids(tokenizer, as_messages("zig:4721"), {}, Args(chat_kwargs={"enable_thinking": False}))
+    assert quick == ids + tokenizer(" no")["input_ids"]
 
 
-def test_batches_are_epochs_laid_end_to_end_and_shared_by_ranks():
-    """Trap 46 too: a row stays whole through shuffling."""
-    rows, run = [dict(row, id=i) for i, row in enumerate(ROWS)], lambda rank, world: type("R", (), dict(rank=rank, world=world))
-    whole = [batch_rows(rows, step, 4, run(0, 1), seed=1) for step in range(1, 6)]             # 20 rows = 4 epochs of 5
-    flat = [row["id"] for batch in whole for row in batch]
-    assert all(sorted(flat[i:i + 5]) == [0, 1, 2, 3, 4] for i in range(0, 20, 5)) and len({tuple(flat[i:i + 5]) for i in range(0, 20, 5)}) > 1
-    assert all(row["answer"] == row["prompt"].removeprefix("zig:") for batch in whole for row in batch)
-    for step, batch in enumerate(whole, 1):
-        shares = [batch_rows(rows, step, 4, run(rank, 2), seed=1) for rank in range(2)]
-        assert sorted(row["id"] for share in shares for row in share) == sorted(row["id"] for row in batch) and len(shares[0]) == 2
-    assert whole != [batch_rows(rows, step, 4, run(0, 1), seed=2) for step in range(1, 6)]
-
-
-ANYTHING = ["", " ", "<answer>", "</answer><answer>", "{" * 5000, "Action Input: {", "Action Input: " + "{\"a\":" * 3000 + "}", "\0\ud7ff", "Action: a\nAction Input: [1]", "🙂" * 1000]
-
-
-@pytest.mark.parametrize("name, row, right, wrong", [
-    ("exact", {"answer": "42"}, [" 42\n"], ["4 2", "42."]),
-    ("choice", {"answer": "B"}, ["<answer>\nB\n</answer>", "<answer>A</answer> no <answer>B", "B"], ["<answer>A</answer>", "<answer>b</answer>", "the answer is B"]),
-    ("tool_use", {"answer": [{"Action": "get", "Action_Input": '{"id": 1}'}, {"Action": "put", "Action_Input": '{"x": "y"}'}]},
-     ['Action: put\nAction Input: {"x": "y"}\nAction: get\nAction Input: {"id": 1}', 'Action: get Action: put Action Input: {"x": "y", "id": 1}'],
-     ['Action: get\nAction Input: {"id": 1}', 'Action: get Action: put Action Input: {"x": "y", "id": 2}', 'Action: get Action: put Action: put Action Input: {"x": "y", "id": 1}']),
-])
-def test_verifiers(name, row, right, wrong):
-    row = {**row, "where": "f:1"}
-    verify = load_verifier(name)
-    assert [verify(text, row)[0] for text in right] == [1.0] * len(right)
-    assert [verify(text, row)[0] for text in wrong + ANYTHING] == [0.0] * len(wrong + ANYTHING)
-
-
-def test_tool_use_takes_answers_as_json_text_and_explains():
-    row = {"answer": json.dumps([{"Action": "get", "Action_Input": '{"id": 1}'}])}
-    assert tool_use('Action: get\nAction Input: {"id": 1}', row) == (1.0, "")
-    assert tool_use('Action: put\nAction Input: {"id": 2}', row) == (0.0, "Actions mismatch: predicted ['put'], expected ['get']; "
-                                                                          "Action inputs mismatch: predicted {'id': 2}, expected {'id': 1}")
-
-
-def test_long_prompts_stop_or_are_left_out_and_something_is_left():
-    tokenizer, rows = toy.make_tokenizer(), [{"prompt": as_messages(text), "where": f"f:{i}"} for i, text in enumerate(("add:1+2", "add:" + "1" * 40))]
-    args = SimpleNamespace(student_chat_kwargs={}, max_prompt_tokens=20, drop_long=True, data="f")
-    assert tokenize(rows, tokenizer, args) == rows[:1] and rows[0]["prompt_ids"] == chat_ids(tokenizer, rows[0]["prompt"], {})
-    with pytest.raises(InputError, match="f: --drop-long left no row; raise --max-prompt-tokens"):
+def test_long_prompts_are_left_out_and_something_is_left():
+    tokenizer, texts = toy.make_tokenizer(), ("add:1+2", "add:" + "1" * 40)
+    rows = [{"prompt": as_messages(text), "where": f"f:{i}"} for i, text in enumerate(texts)]
+    args = Args(max_prompt_tokens=20)
+    assert tokenize(rows, tokenizer, args) == rows[:1]
+    assert rows[0]["prompt_ids"] == chat_ids(tokenizer, rows[0]["prompt"], {}, args)
+    assert len(tokenize(rows, tokenizer, Args(max_prompt_tokens=len(rows[1]["prompt_ids"])))) == 2
+    with pytest.raises(InputError, match="all 1 rows are longer than --max-prompt-tokens allow; raise them"):
         tokenize(rows[1:], tokenizer, args)
-    args.drop_long = False
-    with pytest.raises(InputError, match="f:1: .* over --max-prompt-tokens 20"):
-        tokenize(rows, tokenizer, args)
 
 
-def test_a_verifier_of_ones_own(tmp_path):
-    (tmp_path / "mine.py").write_text("def half(completion, row):\n    return (0.5, 'nearly')\ndef broken(completion, row):\n    return 'yes'\n")
-    assert load_verifier(f"{tmp_path}/mine.py:half")("", {}) == (0.5, "nearly")
-    with pytest.raises(RuntimeError, match="gave 'yes' for f:3"):
-        load_verifier(f"{tmp_path}/mine.py:broken")("", {"where": "f:3"})
-    for name, message in [("exakt", "expected exact, choice, tool_use, math, code or path"), (f"{tmp_path}/mine.py:none", "defines no function none"), ("no.py:f", "there is no file no.py; expected exact")]:
-        with pytest.raises(InputError, match=message):
-            load_verifier(name)
+def test_a_long_evaluation_row_is_an_error(tmp_path):
+    data = write(
+        tmp_path / "e.jsonl", [{"prompt": "add:1", "answer": "1"}, {"prompt": "1" * 40, "answer": "1"}]
+    )
+    with pytest.raises(InputError, match="e.jsonl:2: 43 tokens; raise --max-prompt-tokens"):
+        load_evals(Args(max_prompt_tokens=20, eval_data=(data,)), to_row, toy.make_tokenizer())
+
+
+# ---- Steps
+
+
+def test_steps_are_epochs_laid_end_to_end():
+    """Trap 46 too: a row stays whole through shuffling."""
+    rows = [dict(row, id=i) for i, row in enumerate(ROWS)]
+    whole = [step_rows(rows, step, 4, 1, 1) for step in range(1, 6)]  # 20 rows are 4 epochs of 5
+    flat = [row["id"] for step in whole for row in step]
+    epochs = [flat[i : i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+    assert all(row["answer"] == row["prompt"].removeprefix("zig:") for step in whole for row in step)
+    assert whole != [step_rows(rows, step, 4, 1, 2) for step in range(1, 6)]
+
+
+@pytest.mark.parametrize("rank, world", [(0, 1), (0, 2), (1, 2), (2, 3)])
+def test_ranks_share_a_step_without_gaps(rank, world):
+    rows = step_rows([dict(row, id=i) for i, row in enumerate(ROWS)], 1, 5, 1, 1)
+    run = Run(SimpleNamespace(out="x", dtype="auto"))
+    shares = []
+    for run.rank in range(world):
+        run.world = world
+        shares.append(run.share(rows))
+    assert sorted(row["id"] for share in shares for row in share) == [0, 1, 2, 3, 4]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_row_twice_in_one_step_has_random_numbers_of_its_own():
+    """More prompts per step than rows; the first copies keep the numbers that they would have alone."""
+    rows = [{"id": 7}, {"id": 9}]
+    twice = step_rows(rows, 1, 4, 2, 1)
+    assert sorted(row["rollout_key"] for row in twice) == [(i, n) for i in (7, 9) for n in range(4)]
+    once = step_rows(rows, 1, 2, 2, 1)
+    assert sorted(row["rollout_key"] for row in once) == [(i, n) for i in (7, 9) for n in range(2)]
+    assert [row["rollout_key"] for row in twice[:4]] == [row["rollout_key"] for row in once]
+    assert [row["id"] for row in twice] == [row["rollout_key"][0] for row in twice]
+
+
+# ---- Resuming with other data
+
+
+def test_other_data_is_refused_on_resume(tmp_path):
+    """config.json holds a hash of all token ids: of prompts, contexts and their order."""
+
+    def claim(rows, **flags):
+        return claim_folder(Run(Args(out=str(tmp_path / "r"), **flags)), rows)
+
+    rows = [{"prompt_ids": [1, 2], "teacher_ids": [3]}, {"prompt_ids": [4], "teacher_ids": [5]}]
+    assert claim(rows) == ""
+    (tmp_path / "r" / "checkpoints").mkdir()
+    assert re.search("already holds a run; add --resume", claim(rows))
+    assert claim(rows, resume=True) == ""
+    assert claim([{**row, "where": "elsewhere:1"} for row in rows], resume=True) == ""
+    others = [rows[::-1], rows[:1], [{**rows[0], "teacher_ids": [9]}, rows[1]]]
+    for other in others:
+        assert "the data or the chat template changed" in claim(other, resume=True)
+    assert "started with --lr 1e-05, not 1" in claim(rows, resume=True, lr=1.0)
+    assert claim(rows, resume=True, save_every=7) == ""

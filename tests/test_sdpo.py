@@ -1,271 +1,514 @@
-"""SDPO: who is shown whose success, which samples carry a signal, and how GRPO, the teacher and the KL enter the loss."""
+"""SDPO: who is shown whose success, which attempts carry loss, and how GRPO and the teacher enter it."""
 
+import base64
 import json
 import math
+import os
+import pickle
+import zlib
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model, run_here
+import toy
+from conftest import make_model, metrics_of, run_here
 
 import common
 import sdpo
-import toy
-from common import InputError, Rollout, Run, Teacher, load_model, on_completions, parse
-from sdpo import PRESETS, Args, Sample, advantages, distill_weights, grpo_loss, hindsight, sdpo_loss, teacher_ids, to_row
+from common import (
+    InputError,
+    Rollout,
+    Run,
+    Teacher,
+    completion_states,
+    head_of,
+    load_model,
+    parse_args,
+)
+from sdpo import (
+    PRESETS,
+    Args,
+    Mark,
+    Sample,
+    hindsight,
+    livecodebench_row,
+    private_tests,
+    sdpo_loss,
+    teacher_ids,
+    to_row,
+)
 
-GROUP = [("a", 0.0, "fa"), ("b", 1.0, ""), ("c", 0.0, ""), ("<think>x</think>\nd", 1.0, "fd")]
-KEY = (0, 1, 2, 3)
+GROUP = [
+    Mark("a", 0.0, "fa"),
+    Mark("b", 1.0, ""),
+    Mark("c", 0.0, ""),
+    Mark("<think>x</think>\nd", 1.0, "fd"),
+]
+END = "\n\nCorrectly solve the original question."
+FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
 
 
 # ---- What the teacher reads
 
-def chat(text, **flags):
-    row = to_row({"prompt": "mul:12"})
-    return toy.make_tokenizer().decode(teacher_ids(row, *text, toy.make_tokenizer(), Args(**{"teacher_chat_kwargs": {}, **flags})))
+
+def chat(solution, feedback, **flags):
+    tokenizer, row = toy.make_tokenizer(), to_row({"prompt": "mul:12"})
+    args = Args(**{"chat_kwargs": {}, **flags})
+    ids = teacher_ids(row, solution, feedback, tokenizer, args)
+    return None if ids is None else tokenizer.decode(ids)
 
 
 def test_templates_are_the_papers():
     """The yaml's: no blank line before "Correct solution:", nothing after the last sentence."""
-    wrap = lambda text: f"<|user|>mul:12{text}\n\nCorrectly solve the original question.<|end|><|assistant|>"
-    assert chat(("34", "")) == wrap("\nCorrect solution:\n\n34")
-    feedback = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n4:no;"
-    assert chat(("", "4:no;")) == wrap(feedback) and chat(("34", "4:no;")) == wrap("\nCorrect solution:\n\n34" + feedback)
-    assert chat(("", "")) == ""
+
+    def wrap(text):
+        return f"<|user|>mul:12{text}{END}<|end|><|assistant|>"
+
+    assert chat("34", "") == wrap("\nCorrect solution:\n\n34")
+    assert chat("", "4:no;") == wrap(f"{FEEDBACK}4:no;")
+    assert chat("34", "4:no;") == wrap(f"\nCorrect solution:\n\n34{FEEDBACK}4:no;")
+    assert chat("", "") is None
 
 
 def test_an_attempt_is_never_its_own_solution():
-    """Trap 43: the first other success; a lone success learns from nobody; random is seeded."""
-    args = Args(feedback_when="never")
-    assert [hindsight(GROUP, i, KEY, args)[0] for i in range(4)] == ["b", "d", "b", "b"]
-    assert [hindsight(GROUP[:3], i, KEY, args)[0] for i in range(3)] == ["b", "", "b"]
-    group = [(str(i), 1.0, "") for i in range(6)]
-    picks = {hindsight(group, 0, (0, step), Args(solution_from="random"))[0] for step in range(40)}
-    assert picks == {"1", "2", "3", "4", "5"}
-    assert hindsight(group, 0, (0, 7), Args(solution_from="random")) == hindsight(group, 0, (0, 7), Args(solution_from="random"))
-    assert hindsight(GROUP, 0, KEY, Args(solution_from="none"))[0] == ""
+    """Trap 43: the first other success; a lone success learns from nobody. Trap 20: without its thinking."""
+    args = Args(hindsight="solution")
+    assert [hindsight(GROUP, i, args)[0] for i in range(4)] == ["b", "d", "b", "b"]
+    assert [hindsight(GROUP[:3], i, args)[0] for i in range(3)] == ["b", "", "b"]
 
 
-@pytest.mark.parametrize("when, on, want", [
-    ("no_solution", "wrong", ["", "", "", ""]), ("always", "wrong", ["fa", "", "", ""]), ("always", "all", ["fa", "", "", "fd"]), ("never", "all", [""] * 4)])
-def test_when_feedback_is_shown(when, on, want):
-    assert [hindsight(GROUP, i, KEY, Args(feedback_when=when, feedback_on=on))[1] for i in range(4)] == want
+@pytest.mark.parametrize(
+    "how, want",
+    [
+        ("solution_or_feedback", [("b", ""), ("d", ""), ("b", ""), ("b", "")]),
+        ("solution", [("b", ""), ("d", ""), ("b", ""), ("b", "")]),
+        ("feedback", [("", "fa"), ("", ""), ("", ""), ("", "fd")]),
+        ("both", [("b", "fa"), ("d", ""), ("b", ""), ("b", "fd")]),
+    ],
+)
+def test_what_hindsight_shows(how, want):
+    assert [hindsight(GROUP, i, Args(hindsight=how)) for i in range(4)] == want
 
 
 def test_feedback_alone_stands_in_where_no_other_attempt_succeeded():
-    lone = [("a", 0.0, "fa"), ("d", 1.0, "fd")]
-    assert hindsight(lone, 0, KEY, Args()) == ("d", "") and hindsight(lone, 1, KEY, Args()) == ("", "")
-    assert hindsight(lone, 1, KEY, Args(feedback_on="all")) == ("", "fd")
-
-
-def test_thinking_leaves_solutions_only_by_flag():
-    """Trap 20."""
-    assert hindsight(GROUP, 1, KEY, Args())[0] == "d" and hindsight(GROUP, 1, KEY, Args(remove_thinking=False))[0] == "<think>x</think>\nd"
+    lone = [Mark("a", 0.0, "fa"), Mark("d", 1.0, "")]
+    assert hindsight(lone, 0, Args()) == ("d", "")
+    assert hindsight(lone, 1, Args()) == ("", "")
+    assert hindsight([lone[0], lone[0]], 0, Args()) == ("", "fa")
+    assert hindsight([lone[0], lone[0]], 0, Args(hindsight="solution")) == ("", "")
 
 
 @pytest.mark.parametrize("reward, solved", [(0.5, True), (0.49, False), (0.99999, True)])
 def test_success_threshold(reward, solved):
     """Trap 45: at least .5."""
-    assert (hindsight([("a", 0.0, ""), ("b", reward, "")], 0, KEY, Args())[0] == "b") == solved
+    group = [Mark("a", 0.0, ""), Mark("b", reward, "")]
+    assert (hindsight(group, 0, Args())[0] == "b") == solved
 
 
 def test_a_long_solution_loses_its_own_end():
-    """Trap 17: question, sentence and generation prompt stay; what cannot fit at all is no signal."""
-    short = chat(("0123456789" * 5, ""), max_teacher_tokens=30)
-    assert short.startswith("<|user|>mul:12\nCorrect solution:\n\n012") and short.endswith("\n\nCorrectly solve the original question.<|end|><|assistant|>")
+    """Trap 17: question, sentence and generation prompt stay; what cannot fit at all is no hindsight."""
+    short = chat("0123456789" * 5, "", max_teacher_tokens=30)
+    assert short.startswith("<|user|>mul:12\nCorrect solution:\n\n012")
+    assert short.endswith(f"{END}<|end|><|assistant|>")
     assert len(toy.make_tokenizer()(short)["input_ids"]) == 30
-    assert chat(("1" * 50, ""), max_teacher_tokens=10) == "" and chat(("", "4:no;" * 20), max_teacher_tokens=30) == ""
+    assert chat("1" * 50, "", max_teacher_tokens=10) is None
+    assert chat("", "4:no;" * 20, max_teacher_tokens=30) is None
 
 
-RAW = {"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A", "details": {"level": "L3"}, "type": "mcq-2-choices"}
+def grade_one(returned, row, tmp_path):
+    """The marks of one wrong attempt by a verifier that returns this."""
+    (tmp_path / "mine.py").write_text(f"def grade(completion, row):\n    return {returned}\n")
+    run = Run(Args(out="/nowhere", rollouts=1), toy.make_tokenizer())
+    run.verify = common.load_verifier(f"{tmp_path}/mine.py:grade")
+    [[mark]] = sdpo.grade_groups(run, [0], [Rollout([5], [-1.0], True)], [row])
+    return mark
+
+
+def test_none_as_feedback_is_no_feedback(tmp_path):
+    """The teacher never reads the word "None"; None as a reward is an error."""
+    mark = grade_one("0.0, None", {}, tmp_path)
+    assert (mark.reward, mark.feedback) == (0.0, "")
+    assert hindsight([mark, mark], 0, Args()) == ("", "")
+
+
+def test_none_as_reward_is_an_error(tmp_path):
+    with pytest.raises(common.RunError, match="returned .None, 'f'."):
+        grade_one("None, 'f'", {}, tmp_path)
+
+
+@pytest.mark.parametrize("returned, want", [("0.0, None", "own"), ("0.0, 'said'", "said"), ("1.0, None", "")])
+def test_a_rows_own_feedback_is_for_failures_without_another(returned, want, tmp_path):
+    assert grade_one(returned, {"feedback": "own"}, tmp_path).feedback == want
+
+
+# ---- Rows
+
+RAW = {
+    "question": "Q",
+    "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+    "answerKey": "A",
+    "details": {"level": "L3"},
+    "type": "mcq-2-choices",
+}
 
 
 def test_rows_of_the_papers_data_sets():
     assert to_row(RAW)["prompt"][1]["content"] == "Q\n\nA: x\nB: y\nPlease reason step by step."
-    assert [m["role"] for m in to_row({"prompt": "p", "system": "s", "answer": "A", "kind": "mcq"})["prompt"]] == ["system", "user"]
-    assert to_row({"prompt": "p", "system": "", "answer": "[]"})["prompt"] == [{"role": "user", "content": "p"}]
+    theirs = {"prompt": "p", "system": "s", "answer": "A", "kind": "mcq", "idx": 4, "tests": "-"}
+    assert [m["role"] for m in to_row(theirs)["prompt"]] == ["system", "user"]
+    user = [{"role": "user", "content": "p"}]
+    assert to_row({"prompt": "p", "system": "", "answer": "[]"})["prompt"] == user
+    assert to_row({"prompt": "p", "answer": "[]", "kind": "tooluse"})["prompt"] == user
 
 
 def test_raw_sciknoweval_is_filtered_then_split_as_the_authors_did(tmp_path):
-    """Level L3 and two or four options; of what is left nine tenths train and one tenth test, by the library's own split, seed 42."""
+    """Level L3, two or four options; a tenth tests, by the library's own split, seed 42."""
     import datasets
-    raws = [{**RAW, "question": f"{i}", "details": {"level": "L3" if i % 5 else "L1"}, "type": "true_or_false" if i % 7 == 0 else "mcq-2-choices"} for i in range(60)]
+
+    raws = []
+    for i in range(60):
+        kind = "true_or_false" if i % 7 == 0 else "mcq-2-choices"
+        level = {"level": "L3" if i % 5 else "L1"}
+        raws.append({**RAW, "question": f"{i}", "details": level, "type": kind})
     (tmp_path / "raw.jsonl").write_text("".join(json.dumps(raw) + "\n" for raw in raws))
     kept = [i for i in range(60) if i % 5 and i % 7]
     want = datasets.Dataset.from_dict({"i": kept}).train_test_split(test_size=0.1, seed=42)
     for part in ("train", "test"):
         rows = common.load_rows(f"{tmp_path}/raw.jsonl#{part}", to_row)
-        assert [row["id"] - 1 for row in rows] == want[part]["i"] and rows[0]["where"] == f"raw.jsonl:{rows[0]['id']}"
+        assert [row["id"] - 1 for row in rows] == want[part]["i"]
+        assert rows[0]["where"] == f"raw.jsonl:{rows[0]['id']}"
     (tmp_path / "none.jsonl").write_text(json.dumps(raws[0]) + "\n")
-    with pytest.raises(InputError, match="no rows in it after the filter of its data set"):
+    with pytest.raises(InputError, match="no rows in it"):
         common.load_rows(f"{tmp_path}/none.jsonl", to_row)
 
 
-def test_raw_livecodebench_trains_on_half_of_the_private_tests():
-    """Section 2.7: contests of February to April 2025; evaluation takes all tests, training half of the private ones, at least one."""
-    case = lambda i: {"input": str(i), "output": str(i), "testtype": "stdin"}
-    raw = {"question_content": "q", "starter_code": "", "contest_date": "2025-02-01T00:00:00", "metadata": "{}",
-           "public_test_cases": json.dumps([case(0)]), "private_test_cases": json.dumps([case(i) for i in range(1, 11)])}
+ADD = {"inputs": ["[1, 2]\n3", "[]\n0"], "outputs": ["6", "0"], "testtype": "functional", "fn_name": "add"}
+
+
+def packed(value):
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+def case(given, output):
+    return {"input": given, "output": output, "testtype": "functional"}
+
+
+CODE_RAW = {
+    "question_content": "Add {them} up.",
+    "starter_code": "class Solution:\n    def add(self, numbers: List[int], more: int) -> int:\n        ",
+    "public_test_cases": json.dumps([case("[1, 2]\n3", "6")]),
+    "private_test_cases": packed(json.dumps([case("[]\n0", "0")])),
+    "metadata": '{"func_name": "add"}',
+    "contest_date": "2025-04-30",
+}
+
+
+def test_rows_have_the_authors_prompt_and_all_tests():
+    row = livecodebench_row(CODE_RAW)
+    assert row["tests"] == {**ADD, "time_limit": 6}
+    assert row["prompt"] == (
+        "You are a coding expert. You will be given a coding problem, and you need to write a correct Python "
+        "program that matches the specification and passes all tests. The time limit is 1 second. "
+        "You may start by outlining your thought process. In the end, please provide the complete "
+        "code in a code block enclosed with ``` ```.\n\nAdd {them} up.\n\nYour solution should have the "
+        "following signature: ```python\ndef add(numbers: List[int], more: int) -> int:\n```"
+    )
+    stdin = livecodebench_row({**CODE_RAW, "starter_code": "", "private_test_cases": "[]", "metadata": "{}"})
+    assert stdin["prompt"].endswith("Add {them} up.")
+    assert stdin["tests"]["fn_name"] is None
+
+
+@pytest.mark.parametrize(
+    "date, kept", [("2025-01-31", 0), ("2025-02-01", 1), ("2025-04-30T9", 1), ("2025-05-01", 0)]
+)
+def test_contests_outside_the_window_are_left_out(date, kept):
+    assert (livecodebench_row({**CODE_RAW, "contest_date": date}) is not None) == kept
+
+
+@pytest.mark.parametrize("private, kept", [(0, 0), (1, 1), (2, 1), (9, 4)])
+def test_training_sees_half_of_the_private_tests_and_evaluation_all(private, kept):
+    raw = {**CODE_RAW, "private_test_cases": json.dumps([case(str(i), str(i)) for i in range(private)])}
+    half = livecodebench_row(raw, half=True)["tests"]
+    whole = livecodebench_row(raw)["tests"]
+    assert len(half["inputs"]) == len(half["outputs"]) == kept + 1
+    assert len(whole["inputs"]) == private + 1
+    assert set(half["inputs"]) <= set(whole["inputs"])
+    assert half == livecodebench_row(raw, half=True)["tests"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_a_pickle_that_calls_something_is_refused():
+    with pytest.raises(pickle.UnpicklingError, match="posix.system"):
+        private_tests(packed(Evil()))
+
+
+def test_raw_livecodebench_through_to_row():
+    """Section 2.7: evaluation and test time take all tests, training half of the private ones."""
+    raw = {**CODE_RAW, "private_test_cases": json.dumps([case(str(i), str(i)) for i in range(10)])}
     assert len(to_row(raw)["tests"]["inputs"]) == 11
-    half = to_row(raw, train=True)["tests"]["inputs"]
-    assert half[0] == "0" and len(half) == 6 and half == to_row(raw, train=True)["tests"]["inputs"] and half[1:] == sorted(half[1:], key=int)
-    assert len(to_row({**raw, "private_test_cases": json.dumps([case(1)])}, train=True)["tests"]["inputs"]) == 2
-    for date in ("2025-01-31", "2025-05-01"):
-        assert to_row({**raw, "contest_date": date}) is None
+    assert len(to_row(raw, train=True)["tests"]["inputs"]) == 6
+    assert to_row({**raw, "contest_date": "2025-05-01"}) is None
 
 
 # ---- The loss
 
-def test_advantages_and_their_clip():
-    """Eq. 12-13: no standard deviation by default; the clip is .2 down and .28 up, and only where it lowers the objective."""
-    assert advantages([1.0, 0.0, 0.0, 0.0], std=False) == [0.75, -0.25, -0.25, -0.25]
-    assert advantages([1.0, 0.0], std=True) == pytest.approx([1.0, -1.0], abs=1e-5) and advantages([1.0, 1.0], std=True) == [0.0, 0.0]
-    ratio, A = torch.tensor([1.5, 0.5, 1.5, 0.5]), torch.tensor([1.0, 1.0, -1.0, -1.0])
-    assert grpo_loss(ratio.log(), torch.zeros(4), A, Args()).tolist() == pytest.approx([-1.28, -0.5, 1.5, 0.8])
-
-
-def test_samples_without_a_signal_count_as_zeros():
-    """The code's effective average: 1/N over all attempts. Trap 7 is the choice --average token."""
-    sample = lambda mask: Sample({}, [], [], [1] * len(mask), [], mask, 0.0)
-    assert distill_weights(sample([True] * 4), 8, 20, "sequence") == [1 / 32] * 4
-    assert distill_weights(sample([True] * 4), 8, 20, "token") == [1 / 20] * 4
-    assert distill_weights(sample([False] * 4), 8, 20, "sequence") == distill_weights(sample([False] * 4), 8, 20, "token") == [0] * 4
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    run = Run(SimpleNamespace(out="/nowhere", dtype="auto"))
+    """Three attempts; the last has no hindsight."""
+    run = Run(Args(out="/nowhere"))
     folder = tmp_path_factory.mktemp("world")
     student = load_model(str(make_model(folder / "m")), run)
     teacher = Teacher(str(make_model(folder / "t", seed=3)), 0.0, student, run)
-    ys = [[30, 31, 32, 33, 5], [34, 35, 5]]
-    samples = [Sample({}, p, c, y, [-3.0, -4.0, -5.0, -2.0, -6.0][:len(y)], [True] * len(y), a)
-               for p, c, y, a in zip([[3, 20, 5, 4], [3, 21, 22, 5, 4]], [[3, 20, 40, 41, 5, 4], [3, 43, 5, 4]], ys, [0.75, -0.25])]
-    return SimpleNamespace(run=run, student=student, teacher=teacher, samples=samples)
+    prompts = [[3, 20, 5, 4], [3, 21, 22, 5, 4], [3, 20, 5, 4]]
+    contexts = [[3, 20, 40, 41, 5, 4], [3, 43, 5, 4], None]
+    ys = [[30, 31, 32, 33, 5], [34, 35, 5], [36, 5]]
+    samples = []
+    for p, c, y, a in zip(prompts, contexts, ys, [0.75, -0.25, -0.5], strict=True):
+        logps = [-3.0, -4.0, -5.0, -2.0, -6.0][: len(y)]
+        samples.append(Sample(0, p, c, y, logps, [True] * len(y), a))
+    world = SimpleNamespace(run=run, student=student, teacher=teacher, samples=samples)
+    samples[2] = samples[2]._replace(logps=drawn(world, samples[2]).tolist())  # a ratio of 1: never clipped
+    return world
 
 
-def loss_of(world, **flags):
+def loss_of(world, samples=None, **flags):
+    """The loss of these samples, divided as if they were a third of the world's attempts each."""
+    samples = world.samples if samples is None else samples
     args = Args(**{"support": "full", "is_cap": 0.0, **flags})
-    targets, initial = world.teacher.targets([(s.context, s.y) for s in world.samples]), world.teacher.targets([(s.prompt, s.y) for s in world.samples])
-    weight_N = torch.tensor([w for s in world.samples for w in distill_weights(s, 2, 8, args.average)])
-    return on_completions(world.student, [(s.prompt, s.y) for s in world.samples], args,
-                          lambda h, head: sdpo_loss(h, head, targets, initial, world.samples, weight_N, 8, args))
+    told = [(s.context, s.y) for s in samples if s.context]
+    targets = world.teacher.targets(told) if args.policy_weight < 1 else []
+    tokens = sum(sum(s.mask) for s in world.samples if s.context)
+    n = {"attempts": 3, "all_tokens": 10, "tokens": tokens}
+    h_ND = completion_states(world.student, [(s.prompt, s.y) for s in samples])
+    return sdpo_loss(h_ND, head_of(world.student), targets, samples, n, args)[0]
+
+
+def gradient_of(world, samples, **flags):
+    world.student.zero_grad()
+    loss_of(world, samples, **flags).backward()
+    params = world.student.parameters()
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
 
 
 def logps(model, prompt, y):
     with torch.no_grad():
-        return model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1:-1].double().log_softmax(-1)
+        return model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+
+
+def drawn(world, s):
+    return logps(world.student, s.prompt, s.y).gather(1, torch.tensor(s.y)[:, None])[:, 0]
 
 
 def per_token(world, f):
-    return [[f(p, q, t) for t, (p, q) in enumerate(zip(logps(world.student, s.prompt, s.y), logps(world.teacher.model, s.context, s.y)))] for s in world.samples]
+    """f(student, teacher) at each token of each attempt with hindsight."""
+    values = []
+    for s in world.samples[:2]:
+        p = logps(world.student, s.prompt, s.y)
+        q = logps(world.teacher.model, s.context, s.y)
+        values.append([f(*pair) for pair in zip(p, q, strict=True)])
+    return values
 
 
-def jsd(p, q, t):
+def jsd(p, q):
     m = ((p.exp() + q.exp()) / 2).log()
     return (((p.exp() * (p - m)).sum() + (q.exp() * (q - m)).sum()) / 2).item()
 
 
+def mean_of_means(values, n=3):
+    return sum(sum(each) / len(each) for each in values) / n
+
+
 def test_default_loss_by_hand(world):
-    """JSD 1/2, mean over tokens, then over sequences; on the student's top 100 and a tail when the vocabulary is larger."""
-    want = sum(sum(d) / len(d) for d in per_token(world, jsd)) / 2
-    assert loss_of(world)[0].item() == pytest.approx(want, rel=1e-5)
+    """JSD 1/2, mean over tokens, then over all attempts: one without hindsight counts as zero."""
+    assert loss_of(world).item() == pytest.approx(mean_of_means(per_token(world, jsd)), rel=1e-5)
 
-    def top_and_tail(p, q, t):
+    def top_and_tail(p, q):
         index = p.topk(5).indices
-        bucket = lambda x: torch.cat([x[index], (1 - x[index].exp().sum()).log()[None]])
-        return jsd(bucket(p), bucket(q), t)
-    want = sum(sum(d) / len(d) for d in per_token(world, top_and_tail)) / 2
-    assert loss_of(world, support="student_topk", topk=5)[0].item() == pytest.approx(want, rel=1e-4)
+
+        def bucket(x):
+            return torch.cat([x[index], (1 - x[index].exp().sum()).log()[None]])
+
+        return jsd(bucket(p), bucket(q))
+
+    want = mean_of_means(per_token(world, top_and_tail))
+    assert loss_of(world, support="student_topk", topk=5).item() == pytest.approx(want, rel=1e-4)
 
 
-def test_grpo_by_hand_and_the_blend(world):
-    """lambda = 1 is GRPO alone, a token mean over all attempts; between, Eq. 3 is linear."""
-    want = 0.0
+def grpo_terms(world):
+    """Eq. 13: the clip is .2 down and .28 up, and only where it lowers the objective."""
+    terms = []
     for s in world.samples:
-        logp = logps(world.student, s.prompt, s.y).gather(1, torch.tensor(s.y)[:, None])[:, 0]
-        ratio = (logp - torch.tensor(s.logps)).exp()
-        want -= torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.28) * s.advantage).sum().item() / 8
-    grpo, sdpo_ = loss_of(world, policy_weight=1.0)[0].item(), loss_of(world)[0].item()
-    assert grpo == pytest.approx(want, rel=1e-5)
-    assert loss_of(world, policy_weight=0.9)[0].item() == pytest.approx(0.9 * grpo + 0.1 * sdpo_, rel=1e-5)
+        ratio = (drawn(world, s) - torch.tensor(s.logps)).exp()
+        gain = torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.28) * s.advantage)
+        terms.append((-gain).tolist())
+    return terms
 
 
-def test_kl_to_the_initial_model_is_really_applied(world):
-    kl = sum((p.exp() * (p - q)).sum().item() for s in world.samples
-             for p, q in zip(logps(world.student, s.prompt, s.y), logps(world.teacher.model, s.prompt, s.y))) / 8
-    assert loss_of(world, kl_coef=0.3)[0].item() - loss_of(world)[0].item() == pytest.approx(0.3 * kl, rel=1e-4)
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_average_governs_both_losses(world, average):
+    """sequence: mean of token means over attempts. token: mean over tokens, of GRPO over those of all."""
+    grpo, distilled = grpo_terms(world), per_token(world, jsd)
+    if average == "sequence":
+        want = mean_of_means(grpo), mean_of_means(distilled)
+    else:
+        want = sum(map(sum, grpo)) / 10, sum(map(sum, distilled)) / 8
+    assert loss_of(world, average=average, policy_weight=1.0).item() == pytest.approx(want[0], rel=1e-5)
+    assert loss_of(world, average=average).item() == pytest.approx(want[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_a_mixed_group_has_the_gradient_of_both_losses(world, average):
+    """lambda = 1/2, an attempt without hindsight among them: half of SDPO alone and half of GRPO alone."""
+    told = [s for s in world.samples if s.context]
+    mixed = gradient_of(world, world.samples, policy_weight=0.5, average=average)
+    distilled = gradient_of(world, told, policy_weight=0.0, average=average)
+    grpo = gradient_of(world, world.samples, policy_weight=1.0, average=average)
+    want = 0.5 * distilled + 0.5 * grpo
+    assert min(distilled.norm(), grpo.norm()) > 1e-3
+    assert (mixed - want).norm() < 1e-5 * want.norm()
+    assert loss_of(world, policy_weight=0.9).item() == pytest.approx(
+        0.9 * loss_of(world, policy_weight=1.0).item() + 0.1 * loss_of(world).item(), rel=1e-5
+    )
+
+
+def test_a_group_without_any_hindsight_still_has_the_policy_gradient(world):
+    alone = world.samples[2:]
+    mixed = gradient_of(world, alone, policy_weight=0.5)
+    assert torch.allclose(mixed, 0.5 * gradient_of(world, alone, policy_weight=1.0), atol=1e-8)
+    assert mixed.norm() > 1e-4
+
+
+def test_a_masked_token_carries_neither_loss(world):
+    """The mask is what --entropy-quantile and --mask-truncated change."""
+    first = world.samples[0]
+    none = first._replace(mask=[False] * 5)
+    for weight in (0.0, 0.5, 1.0):
+        assert gradient_of(world, [none], policy_weight=weight).norm() == 0
+        assert gradient_of(world, [first], policy_weight=weight).norm() > 0
 
 
 def test_advantages_are_clipped_by_flag(world):
     """Table 12: the log-ratio of student and teacher counts up to +-clip."""
-    clipped = lambda p, q, t: (p.exp() * (p - q).clamp(-0.5, 0.5)).sum().item()
-    want = sum(sum(d) / len(d) for d in per_token(world, clipped)) / 2
-    assert loss_of(world, divergence="reverse_kl", advantage_clip=0.5)[0].item() == pytest.approx(want, rel=1e-5)
-    assert abs(loss_of(world, divergence="reverse_kl")[0].item() - want) > 1e-2
+    values = per_token(world, lambda p, q: (p.exp() * (p - q).clamp(-0.5, 0.5)).sum().item())
+    want = mean_of_means(values)
+    clipped = loss_of(world, divergence="reverse_kl", advantage_clip=0.5).item()
+    assert clipped == pytest.approx(want, rel=1e-5)
+    assert abs(loss_of(world, divergence="reverse_kl").item() - want) > 1e-2
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_importance_ratio_by_hand(world, level):
-    """Trap 40: min(student / sampler, cap), for each token or as its mean over the attempt."""
-    want = 0.0
-    for s, D in zip(world.samples, per_token(world, jsd)):
-        logp = logps(world.student, s.prompt, s.y).gather(1, torch.tensor(s.y)[:, None])[:, 0]
-        r = (logp - torch.tensor(s.logps)).exp().clamp(max=2.0)
-        r = r if level == "token" else r.mean().expand(len(r))
-        want += (r * torch.tensor(D)).mean().item() / 2
-    assert loss_of(world, is_cap=2.0, is_level=level)[0].item() == pytest.approx(want, rel=1e-5) != loss_of(world)[0].item()
+def test_importance_ratio_by_hand(world):
+    """Trap 40: min(student / sampler, cap) for each token."""
+    weighted = []
+    for s, values in zip(world.samples, per_token(world, jsd), strict=False):
+        ratio = (drawn(world, s) - torch.tensor(s.logps)).exp().clamp(max=2.0)
+        weighted.append((ratio * torch.tensor(values)).tolist())
+    got = loss_of(world, is_cap=2.0).item()
+    assert got == pytest.approx(mean_of_means(weighted), rel=1e-5)
+    assert got != loss_of(world).item()
+
+
+def test_advantages_have_no_standard_deviation():
+    """Eq. 12: r_i minus the group's mean."""
+    marks = [Mark("a", 1.0, ""), Mark("b", 0.0, ""), Mark("c", 0.0, ""), Mark("d", 0.0, "")]
+    row = {**to_row({"prompt": "mul:12"}), "prompt_ids": [3]}
+    ys = [Rollout([30], [-1.0], True)] * 4
+    args = Args(rollouts=4, chat_kwargs={})
+    samples, _ = sdpo.look_back(range(4), ys, [row] * 4, [marks], toy.make_tokenizer(), args)
+    assert [s.advantage for s in samples] == [0.75, -0.25, -0.25, -0.25]
+    assert [s.context is None for s in samples] == [True, False, False, False]
 
 
 # ---- The loop
 
-JUDGE = "def judge(completion, row):\n    n = sum(map(ord, completion)) % {}\n    return (float(n == 0), f'4:{{n % 10}};')\n"
+JUDGE = """
+def judge(completion, row):
+    n = sum(map(ord, completion)) % 4
+    return float(n == 0), f"4:{n % 10};" if n else ""
+"""
 
 
 @pytest.fixture
 def judge(tmp_path):
-    """Rewards some attempts, by their text alone; feedback for all."""
-    (tmp_path / "judge.py").write_text(JUDGE.format(4))
+    """Rewards some attempts, by their text alone; feedback on the others."""
+    (tmp_path / "judge.py").write_text(JUDGE)
     return f"--verifier {tmp_path}/judge.py:judge"
 
 
+def watch(monkeypatch, owner, name, see):
+    """Calls `see` with the arguments and the result of every call of owner.name."""
+    real = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        result = real(*args, **kwargs)
+        see(args, result)
+        return result
+
+    monkeypatch.setattr(owner, name, watched)
+
+
 def test_teacher_moves_once_per_batch_and_weights_once_per_mini_batch(tiny, tmp_path, judge, monkeypatch):
-    calls = []
-    update, step = Teacher.update, sdpo.optimizer_step
-    monkeypatch.setattr(Teacher, "update", lambda self: (calls.append("teacher"), update(self))[1])
-    monkeypatch.setattr(sdpo, "optimizer_step", lambda *a: (calls.append("step"), step(*a))[1])
-    score = sdpo.on_completions
-    monkeypatch.setattr(sdpo, "on_completions", lambda model, pairs, *rest: (calls.append(pairs), score(model, pairs, *rest))[1])
-    run_here("sdpo", tmp_path / "r", tiny, f"{judge} --steps 2 --mini-batch 2 --prompts-per-step 4 --solution-from none --feedback-on all")
-    assert [c for c in calls if isinstance(c, str)] == ["step", "step", "teacher"] * 2
-    parts = [c for c in calls if not isinstance(c, str)]
-    assert [len(part) for part in parts] == [6] * 4          # two questions of three attempts, each question in one mini-batch only
+    calls, parts = [], []
+    watch(monkeypatch, Teacher, "update", lambda *_: calls.append("teacher"))
+    watch(monkeypatch, sdpo, "optimizer_step", lambda *_: calls.append("step"))
+    watch(monkeypatch, sdpo, "completion_states", lambda args, _: parts.append(args[1]))
+    (tmp_path / "all.py").write_text("def told(completion, row):\n    return 0.0, '4:no;'\n")
+    flags = "--steps 2 --mini-batch 2 --prompts-per-step 4 --hindsight feedback"
+    run_here("sdpo", tmp_path / "r", tiny, f"--verifier {tmp_path}/all.py:told {flags}")
+    assert calls == ["step", "step", "teacher"] * 2
+    assert [len(part) for part in parts] == [6] * 4  # two questions of three attempts
     for first, second in (parts[:2], parts[2:]):
         assert not {tuple(prompt) for prompt, _ in first} & {tuple(prompt) for prompt, _ in second}
 
 
 def test_scored_pairs_belong_together(tiny, tmp_path, judge, monkeypatch):
-    """Traps 18, 44 and 46: every context holds its own question, and no attempt's own text as its solution."""
-    seen, targets = [], Teacher.targets
-    monkeypatch.setattr(Teacher, "targets", lambda self, pairs: (seen.extend(pairs), targets(self, pairs))[1])
-    scored, score = [], sdpo.on_completions
-    monkeypatch.setattr(sdpo, "on_completions", lambda model, pairs, *rest: (scored.extend(pairs), score(model, pairs, *rest))[1])
+    """Traps 18, 44 and 46: each context holds its own question, and never its own attempt as solution."""
+    taught, scored = [], []
+    watch(monkeypatch, Teacher, "targets", lambda args, _: taught.extend(args[1]))
+    watch(monkeypatch, sdpo, "completion_states", lambda args, _: scored.extend(args[1]))
     run_here("sdpo", tmp_path / "r", tiny, f"{judge} --steps 2")
     tokenizer = toy.make_tokenizer()
-    assert len(seen) == len(scored) > 8
-    for (context, y), (prompt, y_again) in zip(seen, scored):
-        question, text = tokenizer.decode(prompt)[:-len("<|end|><|assistant|>")], tokenizer.decode(context)
-        assert y == y_again and text.startswith(question + "\n") and "Correctly solve" not in tokenizer.decode(prompt)
+    assert len(taught) == len(scored) > 8
+    for (context, y), (prompt, y_again) in zip(taught, scored, strict=True):
+        question, text = tokenizer.decode(prompt)[: -len("<|end|><|assistant|>")], tokenizer.decode(context)
+        assert y == y_again
+        assert text.startswith(question + "\n")
+        assert "Correctly solve" not in tokenizer.decode(prompt)
         solution = text.partition("Correct solution:\n\n")[2].partition("\n\nCorrectly")[0]
         assert not solution or solution != tokenizer.decode(y, skip_special_tokens=True)
 
 
-def test_answers_cut_off_are_dropped_when_asked(tiny, tmp_path, judge):
+def test_answers_cut_off_carry_no_loss_when_asked(tiny, tmp_path, judge):
     """Trap 13."""
-    kept, dropped = (run_here("sdpo", tmp_path / how, tiny, f"{judge} --steps 1 --cut-off {how}")[1] for how in ("keep", "drop"))
-    assert 0 < kept["rollout/cut_frac"] == dropped["rollout/cut_frac"] < 1
-    assert kept["distill/active_frac"] > dropped["distill/active_frac"] > 0
-    assert dropped["distill/active_frac"] <= 1 - dropped["rollout/cut_frac"] + 1e-9
+    flags = f"{judge} --steps 1"
+    kept = run_here("sdpo", tmp_path / "kept", tiny, flags)[1]
+    masked = run_here("sdpo", tmp_path / "masked", tiny, f"{flags} --mask-truncated")[1]
+    assert 0 < kept["rollout/cut_frac"] == masked["rollout/cut_frac"] < 1
+    assert kept["distill/active_frac"] > masked["distill/active_frac"] > 0
+    assert masked["distill/active_frac"] <= 1 - masked["rollout/cut_frac"] + 1e-9
+
+
+@pytest.mark.parametrize("more", ["--mask-truncated", "--entropy-quantile 0.3"])
+def test_what_masks_tokens_masks_them_in_grpo_too(more, tiny, tmp_path, judge):
+    flags = f"{judge} --steps 1 --policy-weight 1"
+    whole = run_here("sdpo", tmp_path / "whole", tiny, flags)[1]
+    part = run_here("sdpo", tmp_path / "part", tiny, f"{flags} {more}")[1]
+    assert 0 < part["distill/tokens"] < whole["distill/tokens"]
+    assert part["train/loss"] != whole["train/loss"]
+    assert part["train/grad_norm"] != whole["train/grad_norm"]
+
+
+def test_average_changes_both_runs(tiny, tmp_path, judge):
+    for weight in ("0", "1"):
+        norms = []
+        for average in ("sequence", "token"):
+            flags = f"{judge} --steps 1 --policy-weight {weight} --average {average}"
+            norms.append(run_here("sdpo", tmp_path / (weight + average), tiny, flags)[1]["train/grad_norm"])
+        assert norms[0] != pytest.approx(norms[1], rel=1e-3)
 
 
 def test_grpo_alone_asks_no_teacher(tiny, tmp_path, judge, monkeypatch):
@@ -274,16 +517,17 @@ def test_grpo_alone_asks_no_teacher(tiny, tmp_path, judge, monkeypatch):
     assert all(r["train/grad_norm"] > 0 and r["teacher/distance"] == 0 for r in rows[1:])
 
 
-def test_a_step_without_a_signal_costs_no_forward_and_changes_nothing(tiny, tmp_path, monkeypatch, capsys):
+def test_a_step_without_hindsight_costs_no_forward_and_changes_nothing(tiny, tmp_path, monkeypatch, capsys):
     """Trap 8, counted, and advice after ten in a row."""
     (tmp_path / "never.py").write_text("def never(completion, row):\n    return 0.0\n")
-    monkeypatch.setattr(sdpo, "on_completions", lambda *a: pytest.fail("a forward without a signal"))
+    monkeypatch.setattr(sdpo, "completion_states", lambda *a: pytest.fail("a forward without hindsight"))
     rows = run_here("sdpo", tmp_path / "r", tiny, f"--verifier {tmp_path}/never.py:never --steps 11")
-    assert all(r["distill/active_frac"] == r["train/loss"] == r["teacher/distance"] == 0 for r in rows[1:])
-    assert capsys.readouterr().out.count("ten steps in a row without any signal") == 1
+    for r in rows[1:]:
+        assert r["distill/active_frac"] == r["train/loss"] == r["teacher/distance"] == 0
+    assert capsys.readouterr().out.count("ten steps without any hindsight") == 1
 
 
-def test_stale_rollouts_make_ratio_and_cap_bite(tiny, tmp_path, judge):
+def test_stale_rollouts_make_the_ratio_leave_one(tiny, tmp_path, judge):
     """With several optimiser steps a batch the ratio leaves 1; on-policy it is 1."""
     on = run_here("sdpo", tmp_path / "on", tiny, judge)
     off = run_here("sdpo", tmp_path / "off", tiny, f"{judge} --mini-batch 1 --lr 1e-2")
@@ -292,86 +536,119 @@ def test_stale_rollouts_make_ratio_and_cap_bite(tiny, tmp_path, judge):
 
 
 def test_the_teachers_accuracy_is_that_of_its_own_answers(tiny, tmp_path, judge, monkeypatch):
-    """At step 1 and at evaluations the teacher's model answers contexts, an even choice of those with a signal; sampling it moves nothing else."""
-    asked, each = [], common.Sampler.each
-    def watched(self, model, prompts, keys, stream, **how):
-        answers = each(self, model, prompts, keys, stream, **how)
+    """At step 1 and evaluations; the teacher answers contexts, which moves nothing else."""
+    asked = []
+
+    def see(args, answers):
+        _, model, prompts, keys, stream, _ = args
         if stream[0] == common.TEACHER_STREAM:
             asked.append((model, prompts, keys, answers))
-        return answers
-    monkeypatch.setattr(common.Sampler, "each", watched)
-    flags = f"{judge} --steps 5 --eval-every 2 --solution-from none --feedback-on all"
-    rows = run_here("sdpo", tmp_path / "r", tiny, f"{flags} --teacher-samples 8")
-    assert [r["step"] for r in rows if "teacher/accuracy" in r] == [1, 2, 4] and len(asked) == 3
+
+    watch(monkeypatch, common.Sampler, "__call__", see)
+    flags = f"{judge} --steps 5 --eval-every 2 --hindsight feedback"
+    rows = run_here("sdpo", tmp_path / "r", tiny, f"{flags} --teacher-samples 24")
+    assert [r["step"] for r in rows if "teacher/accuracy" in r] == [1, 2, 4, 5]
     text, verdicts = toy.make_tokenizer(), []
-    for model, prompts, keys, answers in asked:
-        assert len(prompts) == 8 and len(set(keys)) == 8 and all("earlier attempt" in text.decode(p) for p in prompts)
-        verdicts.append(sum(sum(map(ord, text.decode(y.ids, skip_special_tokens=True))) % 4 == 0 for y in answers) / 8)
-    assert [r["teacher/accuracy"] for r in rows if "teacher/accuracy" in r] == verdicts and len({id(model) for model, *_ in asked}) == 1
+    for _, prompts, keys, answers in asked:
+        assert 0 < len(set(keys)) == len(prompts) <= 24
+        assert all("earlier attempt" in text.decode(p) for p in prompts)
+        said = [text.decode(y.ids, skip_special_tokens=True) for y in answers]
+        verdicts.append(sum(sum(map(ord, words)) % 4 == 0 for words in said) / len(said))
+    assert [r["teacher/accuracy"] for r in rows if "teacher/accuracy" in r] == verdicts
+    assert len({id(model) for model, *_ in asked}) == 1
     without = run_here("sdpo", tmp_path / "0", tiny, f"{flags} --teacher-samples 0")
-    assert not any("teacher/accuracy" in r for r in without) and [r["train/loss"] for r in rows[1:]] == [r["train/loss"] for r in without[1:]]
+    assert not any("teacher/accuracy" in r for r in without)
+    assert [r["train/loss"] for r in rows[1:]] == [r["train/loss"] for r in without[1:]]
 
 
 # ---- Code, end to end: problems with tests, and a scripted policy in place of a model that cannot program
 
-PROBLEMS = [("add", "a, b", "a + b", "a - b", ["1\n2", "5\n7"], ["3", "12"]), ("double", "x", "2 * x", "x", ["3"], ["6"]),
-            ("largest", "xs", "max(xs)", "min(xs)", ["[3, 9, 2]"], ["9"]), ("backwards", "s", "s[::-1]", "s", ['"abc"'], ['"cba"']),
-            ("evens", "xs", "[x for x in xs if x % 2 == 0]", "xs", ["[1, 2, 3, 4]"], ["[2, 4]"]), ("length", "s", "len(s)", "0", ['"four"'], ["4"]),
-            ("square", "x", "x ** 2", "x * 2", ["5"], ["25"]), ("total", "xs", "sum(xs)", "xs[0]", ["[4, 5, 6]"], ["15"]),
-            ("is_even", "x", "x % 2 == 0", "x % 2 == 1", ["7"], ["false"]), ("join", "xs", "'-'.join(xs)", "''.join(xs)", ['["a", "b"]'], ['"a-b"'])]
+PROBLEMS = [
+    ("add", "a, b", "a + b", "a - b", ["1\n2", "5\n7"], ["3", "12"]),
+    ("double", "x", "2 * x", "x", ["3"], ["6"]),
+    ("largest", "xs", "max(xs)", "min(xs)", ["[3, 9, 2]"], ["9"]),
+    ("backwards", "s", "s[::-1]", "s", ['"abc"'], ['"cba"']),
+]
 BLOCK = "```python\ndef {}({}):\n    {}\n```"
 
 
-def test_code_runs_end_to_end(tmp_path, monkeypatch):
-    """Ten problems; every other one is solved by an attempt. The teacher reads that program, or what the tests said about this very one."""
+def say(number, i):
+    """Attempt i at a problem; the last of every other problem solves it."""
+    name, args, right, wrong, *_ = PROBLEMS[number - 1]
+    bodies = [f"return {wrong}", "raise KeyError(7)", "while True: pass"]
+    said = [BLOCK.format(name, args, body) for body in bodies]
+    solved = BLOCK.format(name, args, f"return {right}") if number % 2 else "I give up."
+    return [*said, "No code.", solved][i]
+
+
+def byte_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    characters = {c: i for i, c in enumerate(["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = Tokenizer(models.BPE(characters, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>", chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}>")
-    make_model(tmp_path / "m", vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0, max_position_embeddings=4096)
-    tokenizer.save_pretrained(tmp_path / "m")
-    rows = [{"prompt": f"Write {name}({args}).", "tests": {"inputs": inputs, "outputs": outputs, "testtype": "functional", "fn_name": name, "time_limit": 1}}
-            for name, args, _, _, inputs, outputs in PROBLEMS]
-    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def say(number, i):
-        name, args, right, wrong, *_ = PROBLEMS[number - 1]
-        solved = BLOCK.format(name, args, f"return {right}") if number % 2 else "I give up."
-        return [BLOCK.format(name, args, f"return {wrong}"), BLOCK.format(name, args, "raise KeyError(7)"), BLOCK.format(name, args, "while True: pass"),
-                "No code.", solved][i]
-    write = lambda text: Rollout(tokenizer(text)["input_ids"] + [0], [-1.0] * (len(text) + 1), True)
-    monkeypatch.setattr(common.Sampler, "each", lambda self, model, prompts, keys, stream, **how: [write(say(*key)) for key in keys])
-    seen, targets = [], Teacher.targets
-    monkeypatch.setattr(Teacher, "targets", lambda self, pairs: (seen.extend(pairs), targets(self, pairs))[1])
-    args = (f"--preset lcb --model {tmp_path}/m --data {tmp_path}/code.jsonl --out {tmp_path}/r --prompts-per-step 10 --rollouts 5 --mini-batch 1 --steps 1 "
-            "--student-chat-kwargs {} --teacher-chat-kwargs {} --teacher-samples 0 --average token")
-    sdpo.main(parse(Args, PRESETS, args.split()))
-    row = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()][-1]
-    assert row["rollout/reward"] == 5 / 50 and row["distill/active_frac"] == 45 / 50       # a lone success has nobody to learn from
-    read = {(tokenizer.decode(y, skip_special_tokens=True), tokenizer.decode(context).split(").")[0]): tokenizer.decode(context) for context, y in seen}
-    feedback = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
-    for number, (name, args, right, *_, inputs, outputs) in enumerate(PROBLEMS, 1):
+    characters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}>"
+    names = dict(eos_token="<|end|>", pad_token="<|end|>", chat_template=template)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def test_code_runs_end_to_end(tmp_path, monkeypatch):
+    """The teacher reads a program that passed, or what the tests said about this very attempt."""
+    tokenizer = byte_tokenizer()
+    shape = dict(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0, max_position_embeddings=4096)
+    make_model(tmp_path / "m", **shape)
+    tokenizer.save_pretrained(tmp_path / "m")
+    lines = []
+    for name, args, _, _, inputs, outputs in PROBLEMS:
+        tests = {"inputs": inputs, "outputs": outputs, "testtype": "functional", "fn_name": name}
+        lines.append({"prompt": f"Write {name}({args}).", "tests": {**tests, "time_limit": 1}})
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def scripted(self, model, prompts, keys, stream, how):
+        texts = [say(*key) for key in keys]
+        return [Rollout(tokenizer(t)["input_ids"] + [0], [-1.0] * (len(t) + 1), True) for t in texts]
+
+    monkeypatch.setattr(common.Sampler, "__call__", scripted)
+    seen = []
+    watch(monkeypatch, Teacher, "targets", lambda args, _: seen.extend(args[1]))
+    flags = (
+        f"--preset lcb --model {tmp_path}/m --data {tmp_path}/code.jsonl --out {tmp_path}/r "
+        "--chat-kwargs {} --prompts-per-step 4 --rollouts 5 --mini-batch 1 --steps 1 "
+        "--teacher-samples 0 --unsafe-code"
+    )
+    sdpo.main(parse_args(Args, PRESETS, flags.split()))
+    row = metrics_of(tmp_path / "r")[-1]
+    assert row["rollout/reward"] == 2 / 20
+    assert row["distill/active_frac"] == 18 / 20  # a lone success has nobody to learn from
+    read = {}
+    for context, y in seen:
+        text = tokenizer.decode(context)
+        read[tokenizer.decode(y, skip_special_tokens=True), text.split(").")[0]] = text
+    for number, (name, args, *_, inputs, outputs) in enumerate(PROBLEMS, 1):
         question = f"Write {name}({args}"
-        end = "\n\nCorrectly solve the original question.>"
+        shown = [read.get((say(number, i), question)) for i in range(5)]
         if number % 2:
-            shown = f"{question}).\nCorrect solution:\n\n{say(number, 4)}{end}"
-            assert [read[say(number, i), question] for i in range(4)] == [shown] * 4
-        else:
-            wrong, error, late, no_code, give_up = (read[say(number, i), question].removeprefix(f"{question}).{feedback}").removesuffix(end) for i in range(5))
-            assert wrong.startswith("Test Case 1: Wrong Answer\n\nInput\n" + inputs[0]) and wrong.endswith("Expected\n" + outputs[0])
-            assert error.startswith("Runtime Error\nKeyError: 7") and late.startswith("Time Limit Exceeded\n\nLast Executed Input\n" + inputs[0])
-            assert no_code == give_up == "Incorrect Format: Put your code inside a ```python ... ``` block."
+            assert shown[:4] == [f"{question}).\nCorrect solution:\n\n{say(number, 4)}{END}>"] * 4
+            continue
+        told = [text.removeprefix(f"{question}).{FEEDBACK}").removesuffix(f"{END}>") for text in shown]
+        wrong, error, late, no_code, give_up = told
+        assert inputs[0] in wrong and outputs[0] in wrong
+        assert "KeyError: 7" in error
+        assert "Time Limit Exceeded" in late
+        assert no_code == give_up == "Incorrect Format: Put your code inside a ```python ... ``` block."
 
 
 # ---- Test time: one question, until it is solved
 
-SOLVER = """import collections
+SOLVER = """
+import collections
 calls = collections.Counter()
 def solver(completion, row):
-    calls[row["id"]] += "truncated" in row                   # not in evaluations
-    return float(calls[row["id"]] == {}), f"4:{{calls[row['id']] % 10}};"
+    calls[row["id"]] += row["where"].startswith("data")  # not in evaluations
+    n = calls[row["id"]]
+    return float(n == {}), f"4:{{n % 10}};"
 """
 
 
@@ -379,75 +656,154 @@ def solver(completion, row):
 def solver(tmp_path):
     """The 11th attempt at a question solves it; feedback on all."""
     (tmp_path / "solver.py").write_text(SOLVER.format(11))
-    return f"--verifier {tmp_path}/solver.py:solver --question 7 --prompts-per-step 1 --rollouts 4 --steps 9 --feedback-on all --teacher-samples 0"
+    return (
+        f"--verifier {tmp_path}/solver.py:solver --question 7 --prompts-per-step 1 --rollouts 4 --steps 9 "
+        "--hindsight feedback --teacher-samples 0 --max-teacher-tokens 200 --chat-kwargs {}"
+    )
 
 
 @pytest.mark.parametrize("search", ["sdpo", "best_of_k", "multi_turn"])
 def test_the_search_ends_with_the_first_success(search, solver, tiny, tmp_path, monkeypatch):
-    """Four attempts a step, the 11th solves: three steps, and nobody trains on the last group. Baselines train never."""
+    """Four attempts a step, the 11th solves; nobody trains on the last group. The baselines never train."""
     steps, prompts = [], []
-    step, each = sdpo.optimizer_step, common.Sampler.each
-    monkeypatch.setattr(sdpo, "optimizer_step", lambda *a: (steps.append(1), step(*a))[1])
-    monkeypatch.setattr(sdpo, "grade", lambda run, verify, pairs: [verify(*pair) for pair in pairs])        # in order, so that the 11th call is attempt 11
-    def watched(self, model, asked, keys, stream, **how):
+
+    def see(args, _):
+        _, _, asked, keys, stream, _ = args
         if stream[0] == common.TRAIN_STREAM:
             assert [row for row, _ in keys] == [7] * 4
             prompts.append({tuple(p) for p in asked})
-        return each(self, model, asked, keys, stream, **how)
-    monkeypatch.setattr(common.Sampler, "each", watched)
-    rows = run_here("sdpo", tmp_path / "r", tiny, f"{solver} --search {search} --max-teacher-tokens 200 --teacher-chat-kwargs {{}}")
-    assert [(r["search/attempts"], r["search/solved"]) for r in rows[1:]] == [(4, 0), (8, 0), (11, 1)]
+
+    watch(monkeypatch, sdpo, "optimizer_step", lambda *_: steps.append(1))
+    watch(monkeypatch, common.Sampler, "__call__", see)
+    rows = run_here("sdpo", tmp_path / "r", tiny, f"{solver} --search {search}")
+    found = [(r["search/attempts"], r["search/solved"]) for r in rows[1:]]
+    assert found == [(4, 0), (8, 0), (11, 1)]
     assert json.loads((tmp_path / "r" / "solution.json").read_text())["attempt"] == 11
-    assert len(steps) == (2 if search == "sdpo" else 0) and all(len(p) == 1 for p in prompts)
+    assert len(steps) == (2 if search == "sdpo" else 0)
+    assert all(len(p) == 1 for p in prompts)
     assert len(set.union(*prompts)) == (3 if search == "multi_turn" else 1)
     question, four, eight = (len(next(iter(p))) for p in prompts)
-    assert search != "multi_turn" or eight - four == 4 * 5 < four - question        # four more pieces of feedback, each with a blank line
+    assert search != "multi_turn" or eight - four == 4 * 5 < four - question  # 4 pieces and blank lines
+    again = run_here("sdpo", tmp_path / "r", tiny, f"{solver} --search {search} --resume")
+    assert again == rows  # solved: nothing is asked or deleted
+    with pytest.raises(InputError, match="already holds a run"):
+        run_here("sdpo", tmp_path / "r", tiny, f"{solver} --search {search}")
+
+
+@pytest.mark.parametrize("search", ["best_of_k", "multi_turn"])
+def test_a_search_that_is_stopped_goes_on_where_it_was(search, solver, tiny, tmp_path, monkeypatch):
+    """Its log stays, and multi_turn asks with all feedback of before."""
+    prompts = []
+
+    def see(args, _):
+        if args[4][0] == common.TRAIN_STREAM:
+            prompts.append(args[2][0])
+
+    watch(monkeypatch, common.Sampler, "__call__", see)
+    flags = f"{solver} --search {search}"
+    whole = run_here("sdpo", tmp_path / "whole", tiny, flags)
+    asked = prompts.copy()
+    prompts.clear()
+    common.load_file.cache_clear()
+
+    def stop(args, _):
+        args[0].stopped = args[0].stopped or len(prompts) == 2
+
+    with monkeypatch.context() as patch:
+        watch(patch, sdpo, "grade_groups", stop)
+        stopped = run_here("sdpo", tmp_path / "r", tiny, flags)
+    assert [r["step"] for r in stopped] == [0, 1, 2]
+    resumed = run_here("sdpo", tmp_path / "r", tiny, f"{flags} --resume")
+    assert resumed[:3] == stopped
+    found = [(r["step"], r["search/attempts"], r["search/solved"]) for r in resumed[1:]]
+    assert found == [(r["step"], r["search/attempts"], r["search/solved"]) for r in whole[1:]]
+    assert prompts == asked
 
 
 def test_multi_turn_reads_the_question_and_the_newest_feedback_that_fits():
-    row, history = to_row({"prompt": "mul:12"}), [f"{i}:no;" for i in range(9)]
-    read = lambda limit: toy.make_tokenizer().decode(sdpo.multi_turn_ids({**row, "prompt_ids": []}, history, toy.make_tokenizer(), Args(
-        teacher_chat_kwargs={}, max_teacher_tokens=limit)))
-    head, end = "<|user|>mul:12\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n", "\n\nCorrectly solve the original question.<|end|><|assistant|>"
+    tokenizer, history = toy.make_tokenizer(), [f"{i}:no;" for i in range(9)]
+    row = {**to_row({"prompt": "mul:12"}), "prompt_ids": []}
+
+    def read(limit):
+        args = Args(chat_kwargs={}, max_teacher_tokens=limit, template=sdpo.MULTI_TURN)
+        return tokenizer.decode(sdpo.multi_turn_ids(row, history, tokenizer, args))
+
+    head, end = f"<|user|>mul:12\n{FEEDBACK}", f"{END}<|end|><|assistant|>"
     assert read(200) == head + "\n\n".join(history) + end
-    assert read(50) == head + "\n\n".join(history[-5:]) + end and 45 < len(toy.make_tokenizer()(read(50))["input_ids"]) <= 50
+    assert read(50) == head + "\n\n".join(history[-5:]) + end
+    assert 45 < len(tokenizer(read(50))["input_ids"]) <= 50
+    assert read(5) == ""
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--rollouts 1 --feedback-when never", "a group of one"), ("--rollouts 1 --policy-weight 1", "a group of one"),
-    ("--solution-from none --feedback-when never", "nothing to read"), ("--mini-batch 3", "must divide --prompts-per-step"),
-    ("--policy-weight 2", "--policy-weight 2.0: a share"), ("--support student_topk --topk 1000", "--topk 1000: the vocabulary has"),
-    ("--temperature 0.5", "--is-cap compares"), ("--support sampled", "add --divergence reverse_kl"), ("--advantage-clip 5", "add --divergence reverse_kl"),
-    ("--question 1", "add --prompts-per-step 1"), ("--search best_of_k", "name it with --question"),
-    ("--question 99 --prompts-per-step 1", "has no such row; its rows are 1 to 24")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--rollouts 1 --hindsight solution", "a group of one"),
+        ("--rollouts 1 --policy-weight 1", "a group of one"),
+        ("--mini-batch 3", "must divide --prompts-per-step"),
+        ("--policy-weight 2", "--policy-weight 2: expected"),
+        ("--support student_topk --topk 1000", "--topk 1000: the vocabulary has"),
+        ("--support sampled", "add --divergence reverse_kl"),
+        ("--advantage-clip 5", "add --divergence reverse_kl"),
+        ("--question 1", "add --prompts-per-step 1"),
+        ("--search best_of_k", "add --question"),
+        ("--question 99 --prompts-per-step 1", "--question 99: the rows of .* are 1 to 24"),
+        ("--template {prompt}", "placeholders {feedback}, {solution}"),
+        ("--template {prompt}{solution}", "placeholders {feedback}$"),
+    ],
+)
 def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
     with pytest.raises(InputError, match=message):
         run_here("sdpo", tmp_path / "r", tiny, flags)
 
 
-@pytest.mark.parametrize("flags", ["--divergence reverse_kl --advantage-clip 0.1", "--teacher trust_region", "--teacher base", "--teacher live", "--lora-rank 2", "--divergence reverse_kl --support student_topk --topk 5",
-                                   "--divergence reverse_kl --support sampled", "--policy-weight 0.9 --std-advantage", "--kl-coef 0.1", "--average token",
-                                   "--entropy-quantile 0.5", "--solution-from none", "--cut-off drop"])
+WAYS = [
+    "--divergence reverse_kl --advantage-clip 0.1",
+    "--teacher trust_region",
+    "--teacher base",
+    "--teacher live",
+    "--lora-rank 2",
+    "--divergence reverse_kl --support student_topk --topk 5",
+    "--divergence reverse_kl --support sampled",
+    "--policy-weight 0.9",
+    "--average token",
+    "--entropy-quantile 0.5",
+    "--hindsight feedback",
+    "--hindsight both",
+    "--mask-truncated",
+]
+
+
+@pytest.mark.parametrize("flags", WAYS)
 def test_every_way_runs(flags, tiny, tmp_path, judge):
     rows = run_here("sdpo", tmp_path / "r", tiny, f"{judge} --steps 2 {flags}")
     assert all(math.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in rows[1:])
 
 
+# ---- Presets
+
+
 def test_presets_are_the_papers():
     """Tables 12 and 13, column of section 3; the authors' yaml where the paper is silent."""
     for name in ("sciknoweval", "tooluse"):
-        a = parse(Args, PRESETS, ["--preset", name])
+        a = parse_args(Args, PRESETS, ["--preset", name])
         assert (a.model, a.prompts_per_step, a.rollouts, a.mini_batch) == ("Qwen/Qwen3-8B", 32, 8, 0)
         assert (a.max_prompt_tokens, a.max_completion_tokens, a.max_teacher_tokens) == (2048, 8192, 10240)
-        assert (a.temperature, a.top_p, a.top_k, a.divergence, a.beta, a.support, a.topk, a.tail) == (1.0, 1.0, 0, "jsd", 0.5, "student_topk", 100, True)
-        assert (a.teacher, a.ema_rate, a.lr, a.schedule, a.warmup, a.weight_decay, a.grad_clip) == ("ema", 0.05, 1e-5, "constant", 10, 0.01, 1.0)
-        assert (a.adam_betas, a.is_cap, a.is_level, a.eval_samples, a.eval_temperature, a.eval_top_p, a.eval_every) == ((0.9, 0.999), 2.0, "token", 16, 0.6, 0.95, 5)
-        assert (a.clip_low, a.clip_high, a.std_advantage, a.kl_coef, a.epochs, a.feedback_when) == (0.2, 0.28, False, 0.0, 30.0, "never")
-        assert a.student_chat_kwargs == a.teacher_chat_kwargs == {"enable_thinking": False} and a.average == "sequence"
-    a = parse(Args, PRESETS, ["--preset", "ttt"])
-    assert (a.prompts_per_step, a.rollouts, a.mini_batch, a.divergence, a.topk, a.ema_rate, a.lr, a.advantage_clip) == (1, 16, 1, "reverse_kl", 20, 0.01, 1e-6, 5.0)
-    assert a.verifier == "code" and a.steps * a.rollouts == 2752 and a.search == "sdpo" and a.max_teacher_tokens == 10240
-    a = parse(Args, PRESETS, ["--preset", "lcb"])
-    assert (a.divergence, a.topk, a.tail, a.ema_rate, a.lr, a.warmup, a.mini_batch, a.eval_samples) == ("reverse_kl", 20, True, 0.01, 1e-6, 0, 1, 4)
-    assert (a.verifier, a.feedback_when, a.feedback_on, a.is_cap, a.rollouts) == ("code", "no_solution", "wrong", 2.0, 8)
-    assert common.SOLVED == 0.5
+        assert (a.divergence, a.support, a.topk) == ("jsd", "student_topk", 100)
+        assert (a.teacher, a.ema_rate, a.lr, a.warmup, a.weight_decay) == ("ema", 0.05, 1e-5, 10, 0.01)
+        assert (a.adam_betas, a.is_cap, a.average) == ((0.9, 0.999), 2.0, "sequence")
+        evaluation = (a.eval_samples, a.eval_temperature, a.eval_top_p, a.eval_every)
+        assert evaluation == (16, 0.6, 0.95, 5)
+        assert (a.epochs, a.hindsight, a.chat_kwargs) == (30.0, "solution", {"enable_thinking": False})
+    a = parse_args(Args, PRESETS, ["--preset", "ttt"])
+    assert (a.prompts_per_step, a.rollouts, a.mini_batch) == (1, 16, 1)
+    assert (a.divergence, a.topk, a.ema_rate, a.lr, a.advantage_clip) == ("reverse_kl", 20, 0.01, 1e-6, 5.0)
+    assert (a.verifier, a.steps * a.rollouts, a.search) == ("code", 2752, "sdpo")
+    assert a.max_teacher_tokens == 10240
+    a = parse_args(Args, PRESETS, ["--preset", "lcb"])
+    assert (a.divergence, a.topk, a.ema_rate, a.lr, a.warmup) == ("reverse_kl", 20, 0.01, 1e-6, 0)
+    assert (a.mini_batch, a.eval_samples, a.verifier, a.is_cap, a.rollouts) == (1, 4, "code", 2.0, 8)
+    assert a.hindsight == "solution_or_feedback"
+    assert (common.SOLVED, sdpo.CLIP_LOW, sdpo.CLIP_HIGH) == (0.5, 0.2, 0.28)
+    assert sdpo.objective_of(a).tail
+    assert sdpo.objective_of(a).beta == 0.5

