@@ -1058,7 +1058,7 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
     """The rows with their token ids, made once, never decoded and encoded again; too long ones are left out.
 
     prompt -> prompt_ids, up to and including the generation prompt; teacher_messages -> teacher_ids likewise;
-    completion -> completion_ids, with the token that ends an assistant's turn.
+    expert_text -> completion_ids, with the token that ends an assistant's turn.
     """
     limits = {"prompt_ids": "max_prompt_tokens", "teacher_ids": "max_teacher_tokens"}
     limits["completion_ids"] = "max_completion_tokens"
@@ -1067,8 +1067,8 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
             row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], row, args)
             if "teacher_messages" in row:
                 row["teacher_ids"] = chat_ids(tokenizer, row["teacher_messages"], row, args)
-            if "completion" in row:
-                words = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            if "expert_text" in row:  # what a baseline or an off-policy step learns word for word
+                words = tokenizer(row["expert_text"], add_special_tokens=False)["input_ids"]
                 row["completion_ids"] = words + end_of_turn(tokenizer, args)
     kept = [
         row
@@ -1197,6 +1197,8 @@ def launch(main: Any, args_type: type, presets: dict) -> None:
     code, problem = 0, None
     try:
         main(parse_args(args_type, presets))
+        if dist.is_initialized():
+            dist.barrier()  # no process leaves while another still writes or reports
     except InputError as error:
         code, problem = 2, error
     except RunError as error:
@@ -1422,7 +1424,8 @@ def append_jsonl(path: Path, rows: list) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:
-        raise RunError(f"{path} could not be written ({first_line(error)}); make room and {RESUME}") from error
+        reason = first_line(error)
+        raise RunError(f"{path} could not be written ({reason}); make room and {RESUME}") from error
 
 
 def read_jsonl(path: Path) -> list:
@@ -1639,7 +1642,8 @@ def load_evals(args: Any, convert: Any, tokenizer: Any) -> dict:
             with naming_row(row["where"], row):
                 row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], row, args)
             if len(row["prompt_ids"]) > args.max_prompt_tokens:
-                raise InputError(f"{row['where']}: {len(row['prompt_ids'])} tokens; raise --max-prompt-tokens")
+                length = f"{len(row['prompt_ids'])} tokens"
+                raise InputError(f"{row['where']}: {length}; raise --max-prompt-tokens")
         name = re.split(r"[/:@]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
         evals[source if name in evals else name] = rows
     return evals
@@ -1799,7 +1803,7 @@ def question_key(messages: list) -> str:
 
 
 def revise(run: Run, sampler: Sampler, model: nn.Module, how: Sampling, reviser: Reviser) -> dict:
-    """Generate, then revise (SD-Zero, section 5), on the first evaluation set; the verdict picks the phrase."""
+    """Generate, then revise (SD-Zero, section 5), on the first evaluation set."""
     if not run.evals:
         return {}
     rows = run.share(next(iter(run.evals.values())))

@@ -1,20 +1,21 @@
-"""On-policy distillation from another model: GKD ("On-Policy Distillation of Language Models", arXiv:2306.13649).
+"""On-policy distillation from another model: GKD ("On-Policy Distillation", arXiv:2306.13649).
 
     minimise   (1 - lambda) E_{(x,y) ~ fixed outputs} D  +  lambda E_x E_{y ~ student(.|x)} D
                with D(x, y) = 1/|y|  sum_t  D( teacher(.|x, y_<t),  student(.|x, y_<t) )
 
-x prompt | y the student's own answer, or a fixed one | teacher: another model, frozen, local or served by vLLM
-Both sides read the same tokens. On its own answers the student is corrected where it goes, not where an expert would be.
+x prompt | y the student's own answer, or a fixed one | teacher: another, frozen model, local or served
+Both sides read the same tokens. The student is corrected where it goes, not where an expert would be.
 
-Data   JSON lines with "prompt" (text or chat messages); "completion" for lambda < 1; evaluation rows have "prompt" and
-       "answer". GSM8K and DeepMath rows are mapped.
-Run    python distill.py                                          # the laptop world: CPU, no download, minutes
-       python distill.py --objective sft --lmbda 0 --out runs/sft-lock    # the baseline: hard targets
-       torchrun --nproc-per-node 8 distill.py --preset tml-math   # the policy gradient of Thinking Machines
+Data   JSON lines with "prompt" (text or chat messages); "completion" for lambda < 1; evaluation rows have
+       "prompt" and "answer". GSM8K and DeepMath rows are mapped.
+Run    python distill.py                                         # the laptop world: CPU, no download, minutes
+       python distill.py --objective sft --lmbda 0 --out runs/sft-lock   # the baseline: hard targets
+       torchrun --nproc-per-node 8 distill.py --preset tml-math  # the policy gradient of Thinking Machines
        python distill.py --support teacher_topk --topk 64 --teacher-url http://localhost:8000/v1
-Differs from the papers: GKD distilled T5, here both are decoders; jsd at beta = 0 and 1 is refused, because it vanishes
-there and the two KLs are flags of their own. Thinking Machines sum over tokens, here it is a mean: Adam sees no
-difference. GSM8K's fixed outputs end in \\boxed{} instead of "####", as the prompt asks.
+Differs from the papers: GKD distilled T5, here both are decoders; jsd at beta = 0 and 1 is refused,
+because it vanishes there and the two KLs are flags of their own. Thinking Machines sum over tokens, here
+it is a mean: Adam sees no difference. GSM8K's fixed outputs end in \\boxed{} instead of "####", as the
+prompt asks.
 """
 
 from __future__ import annotations
@@ -83,14 +84,16 @@ class PaperArgs:
 
     # The algorithm, in the paper's order and symbols.
     objective: Literal["divergence", "policy_gradient", "sft"] = "divergence"
-    """divergence: D along y. policy_gradient: -ratio A_t on the sampled tokens (Thinking Machines). sft: -log p(y)."""
+    """divergence: D along y. policy_gradient: -ratio A_t of the sampled tokens. sft: -log p(y)."""
     lmbda: float = 1.0
-    """lambda, the share of steps on the student's own y: a step draws u ~ U(0, 1), and u <= lambda takes them
-    (Algorithm 1). Otherwise y is a fixed output, one per prompt whatever --rollouts."""
+    """lambda, the share of steps on the student's own y (Algorithm 1). In other steps y is a fixed output,
+    one per
+    prompt whatever --rollouts."""
     outputs: Literal["completion", "teacher"] = "completion"
     """The fixed outputs: the rows' "completion", or the teacher's, sampled once per row and kept in --out."""
     divergence: Divergence = "forward_kl"
-    """D per token: forward_kl = KL(teacher||student), reverse_kl = KL(student||teacher), jsd, mixed = both KLs."""
+    """D per token: forward_kl = KL(teacher||student), reverse_kl = KL(student||teacher), jsd, mixed =
+    both."""
     beta: float = 0.5
     """jsd: weight of the teacher in the mixture and of its KL. mixed: weight of the forward KL."""
     support: Support = "full"
@@ -100,9 +103,10 @@ class PaperArgs:
     average: Literal["sequence", "token"] = "sequence"
     """sequence: every answer weighs the same, whatever its length (GKD). token: every token does."""
     teacher: str = "Qwen/Qwen3-4B"
-    """A model with the same tokenizer, never updated: folder or hub id; with --teacher-url its name on the server."""
+    """A frozen model with the same tokenizer: folder or hub id; with --teacher-url its name on the server."""
     teacher_url: str = ""
-    """A vLLM server in place of a local teacher, such as http://localhost:8000/v1, for --support teacher_topk or
+    """A vLLM server in place of a local teacher, such as http://localhost:8000/v1, for --support
+    teacher_topk or
     sampled, or the policy gradient. Its key is read from VLLM_API_KEY."""
 
     # Model and data.
@@ -115,7 +119,8 @@ class PaperArgs:
     eval_data: tuple[str, ...] = ()
     """Evaluation sets; the first decides which weights are best/, the others show what is forgotten."""
     verifier: str = "exact"
-    """Grades evaluation: exact, choice, tool_use, math, code, or path.py:function(completion, row) -> reward."""
+    """Grades evaluation: exact, choice, tool_use, math, code, or path.py:function(completion, row) ->
+    reward."""
     chat_kwargs: Json = field(default_factory=lambda: {"enable_thinking": False})
     """Arguments of the chat template for both sides, as JSON."""
     max_prompt_tokens: int = 1024
@@ -129,7 +134,7 @@ class PaperArgs:
     max_completion_tokens: int = 2048
     """Longest answer, in training and evaluation; rows with longer fixed outputs are left out and counted."""
     temperature: float = 1.0
-    """Sampling temperature of answers to learn from, the student's and the teacher's; 0 is greedy."""
+    """Sampling temperature of answers to learn from; 0 is greedy."""
     mask_truncated: bool = False
     """Leave out answers that were cut off at the limit."""
 
@@ -164,8 +169,8 @@ class Args(RunArgs, PaperArgs):
 
 
 PRESETS: dict[str, dict] = {
-    # The task on which learning on one's own answers shows: the teacher never fails, so its outputs never show how to
-    # go on after a failure.
+    # The task on which learning on one's own answers shows: the teacher never fails, so its outputs never
+    # show how to continue after a failure.
     "toy": dict(
         model="toy:lock-0/student",
         teacher="toy:lock-0/teacher",
@@ -190,8 +195,9 @@ PRESETS: dict[str, dict] = {
     # The paper distils T5-XL (3B) into 77M-800M and prints no learning rate, batch or steps; these are Args'.
     # lambda = 1 with the forward KL is the best of its GSM8K table; y are sampled at temperature 1.
     "gkd-gsm8k": dict(data="openai/gsm8k:main@train", eval_data=("openai/gsm8k:main@test",), verifier="math"),
-    # Thinking Machines, October 2025: 150 steps of 512 x 4, rank 128. Their student was first fine-tuned on 400K traces
-    # of OpenThoughts-3: give such a checkpoint as --model. Not printed: average, warm-up, the adapters' alpha.
+    # Thinking Machines, October 2025: 150 steps of 512 x 4, rank 128. Their student was first fine-tuned
+    # on 400K traces of OpenThoughts-3: give such a checkpoint as --model. Not printed: average, warm-up,
+    # alpha.
     "tml-math": dict(
         objective="policy_gradient",
         average="token",
@@ -255,17 +261,18 @@ def training_rows(args: Args) -> list:
             if not isinstance(completion, str) or not completion.strip():
                 where = f"{row['where']}: no 'completion' in this row"
                 raise InputError(f"{where}; --lmbda {args.lmbda} learns from it (or use --outputs teacher)")
-            row["completion"] = completion
+            row["expert_text"] = completion
     return rows
 
 
 def on_policy(args: Args, step: int) -> bool:
-    """Algorithm 1: u ~ U(0, 1) of this step, the same on all processes; u <= lambda is the student's own answers."""
+    """Algorithm 1: u ~ U(0, 1) of this step, the same on all processes; u <= lambda is on-policy."""
     return np.random.default_rng((args.seed, LAMBDA_STREAM, step)).random() <= args.lmbda
 
 
 def fixed_outputs(run: Any, train: list, steps: int, teacher: Any) -> dict:
-    """Row id -> y of off-policy steps. The teacher's are sampled once for the rows those steps meet, and kept."""
+    """Row id -> y of off-policy steps. The teacher's are sampled once for the rows of those steps, and
+    kept."""
     args, folder = run.args, run.out / "outputs"
     if args.outputs == "completion":
         return {
@@ -280,7 +287,8 @@ def fixed_outputs(run: Any, train: list, steps: int, teacher: Any) -> dict:
     met = {row["id"]: row for row in met}
     missing = [row for i, row in sorted(met.items()) if i not in known]
     run.say(
-        f"the teacher answers {len(met)} rows of off-policy steps, {len(met) - len(missing)} are there already"
+        f"the teacher answers {len(met)} rows of off-policy steps, {len(met) - len(missing)} are there "
+        f"already"
     )
     sampler, sampling = Sampler(run, teacher.model), Sampling(args.max_completion_tokens, args.temperature)
     file = folder / f"{run.rank}.jsonl"
@@ -376,7 +384,8 @@ def stop_ids(source: str, tokenizer: Any) -> list:
 
 
 def check_teacher(args: Args, tokenizer: Any) -> None:
-    """InputError, before weights load, unless both sides share a vocabulary and a token that ends an answer."""
+    """InputError, before weights load, unless both sides share a vocabulary and a token that ends an
+    answer."""
     check_vocabularies(args.model, args.teacher)
     ours = stop_ids(args.model, tokenizer)
     theirs = stop_ids(args.teacher, load_tokenizer(args.teacher, "--teacher"))
@@ -434,7 +443,8 @@ def main(args: Args) -> None:
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
     own_steps = sum(on_policy(args, step) for step in range(1, steps + 1))
     run.say(
-        f"{args.objective}: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps of "
+        f"{args.objective}: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps "
+        f"of "
         f"{args.prompts_per_step} prompts x {args.rollouts}, {own_steps} of them on-policy, on {run.world} x "
         f"{run.device.type}"
     )
@@ -462,11 +472,14 @@ def main(args: Args) -> None:
         asked = step_rows(train, step, args.prompts_per_step, args.rollouts if own else 1, args.seed)
         mine = run.share(range(len(asked)))
 
-        # 1. Answer: in a share lambda of the steps y ~ student(.|x), from the weights about to be updated; in the
-        #    others the fixed outputs.
+        # 1. Answer: in a share lambda of the steps y ~ student(.|x), from the weights about to be updated;
+        #    in the others the fixed outputs.
         with run.timer("generate"):
             if own:
-                prompts, keys = [asked[j]["prompt_ids"] for j in mine], [asked[j]["rollout_key"] for j in mine]
+                prompts, keys = (
+                    [asked[j]["prompt_ids"] for j in mine],
+                    [asked[j]["rollout_key"] for j in mine],
+                )
                 answers = sampler(student, prompts, keys, (TRAIN_STREAM, step), sampling)
             else:
                 answers = [fixed[asked[j]["id"]] for j in mine]
@@ -475,7 +488,7 @@ def main(args: Args) -> None:
             if y.finished or not args.mask_truncated:
                 samples.append(Sample(j // each, asked[j]["prompt_ids"], y.ids, y.logps))
 
-        # 2. Ask: what comes from a server, or is a constant of the policy gradient, comes before any weight moves.
+        # 2. Ask: what a server says, or is a constant of the policy gradient, comes before any weight moves.
         if early:
             with run.timer("teacher"):
                 samples = consult(run, teacher, samples)
@@ -486,12 +499,12 @@ def main(args: Args) -> None:
         for first in range(0, args.prompts_per_step, questions):
             batch = [s for s in samples if first <= s.q < first + questions]
 
-            # 3a. Count answers and tokens of all ranks before any backward: the only denominators of this step.
+            # 3a. Count answers and tokens of all ranks before any backward: the only denominators.
             n = run.sum(sequences=len(batch), tokens=sum(len(s.y) for s in batch))
             if n["sequences"] == 0:  # true on every rank at once, so none is left waiting
                 continue
 
-            # 3b. Distil: both sides score the same y after the same x; only the student has a gradient.
+            # 3b. Distil: both sides score the same y after the same x; the student has a gradient.
             for m, micro in enumerate(micro_batches(batch, args.tokens_per_batch)):
                 pairs = [(s.prompt, s.y) for s in micro]
                 with run.timer("teacher"):

@@ -263,7 +263,7 @@ def to_training_row(raw: dict, args: Args) -> dict | None:
             {"role": "user", "content": fill_template(args.template, **values)},
         ]
     if row and args.method != "sdft":
-        row["completion"] = row["privileged_context"]
+        row["expert_text"] = row["privileged_context"]
     return row
 
 

@@ -246,7 +246,8 @@ def collect(run: Run, sampler: Any, student: Any, asked: list, reviser: Reviser)
         part, file = asked[first : first + per_batch], folder / f"{first:08d}.jsonl"
         if not file.exists():
             made = run.gather(attempts_and_revisions(run, sampler, student, run.share(part), reviser))
-            write_whole(run, file, [r for row in part for r in made if (r["id"], r["attempt"]) == row["rollout_key"]])
+            keys = [row["rollout_key"] for row in part]
+            write_whole(run, file, [r for key in keys for r in made if (r["id"], r["attempt"]) == key])
             run.say(f"collected {first + len(part)} of {len(asked)} attempts")
         for record in read_jsonl(file):
             record["dropped"] = why_not(record, seen, args)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import (
@@ -289,4 +290,6 @@ def test_a_folder_is_saved_in_the_dtype_of_its_source(tmp_path, run):
     save_folder(run, model, "last", "card")
     saved = AutoModelForCausalLM.from_pretrained(run.out / "last", dtype="auto")
     assert {p.dtype for p in saved.parameters()} == {torch.bfloat16} and saved.config.dtype == torch.bfloat16
+    weights = load_file(run.out / "last" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert model.config.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.float32}
