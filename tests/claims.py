@@ -55,7 +55,7 @@ TEACHERS = ("ema", "base", "live", "trust_region")
 ADD = "--data toy:{base}/add-train.jsonl --eval-data toy:{base}/add-eval.jsonl toy:{base}/prior-eval.jsonl --seed {seed}"
 SRT = f"srt.py --model toy:{{base}}/model {ADD} --eval-every 1000"
 SEQUENTIAL = "generation, then revision (--loss sequential)"
-ZERO = f"sdzero.py {ADD} --eval-every 4 --no-eval-revisions"
+ZERO = f"sdzero.py {ADD} --eval-every 4"
 GRPO = (f"sdpo.py --model toy:{{base}}/model {ADD} --policy-weight 1 --verifier toy:last --prompts-per-step 8 --steps 40 --max-completion-tokens 40 "
         "--eval-every 4")
 ZERO_LR = "--lr {1e-4|2e-4|4e-4}"
@@ -67,11 +67,10 @@ CLEAN = (f"distill.py --model toy:{{base}}/model --teacher toy:clean-0/teacher {
 ONE = CLEAN.replace("toy:{base}/add-train.jsonl", "{one}").replace("--steps 80", "--steps 20 --prompts-per-step 1 --rollouts 256")
 # Test time: ten of the hard questions, sixteen attempts a step. The baseline's template has a blank line that this base never saw.
 HARD = ("sdpo.py --preset ttt --model toy:{base}/model --data toy:{base}/mul-hard.jsonl --question {question} --seed {seed} --verifier toy:feedback_first "
-        "--feedback-on all --support full --student-chat-kwargs {{}} --teacher-chat-kwargs {{}} --max-prompt-tokens 64 --max-completion-tokens 12 "
+        "--support full --chat-kwargs {{}} --max-prompt-tokens 64 --max-completion-tokens 12 "
         "--weight-decay 0 --adam-betas 0.9 0.95 --tokens-per-batch 8192 --steps 16 "
         "--template '{{prompt}}{{solution}}{{feedback}}\n\nCorrectly solve the original question.\n{{prompt}}'")
-MULTI_TURN = (f"{HARD} --search multi_turn --rollouts 1 --steps 256 --max-teacher-tokens 90 "
-              "--feedback-template 'The following is feedback from your unsuccessful earlier attempt:\n\n{{feedback}}'")
+MULTI_TURN = f"{HARD} --search multi_turn --rollouts 1 --steps 256 --max-teacher-tokens 90"
 
 CLAIMS: dict[str, Claim] = {
     "sdft-vs-sft": Claim(SDFT, {
@@ -88,13 +87,13 @@ CLAIMS: dict[str, Claim] = {
         "off-policy: the teacher answers": f"sdft.py {ZIG} {LR} --generate-from teacher --is-cap 0"}),
     "sdpo-vs-grpo": Claim(SDPO, {
         "SDPO, solution or feedback": f"sdpo.py {MUL} {RL}",
-        "SDPO, solution only": f"sdpo.py {MUL} {RL} --feedback-when never",
-        "SDPO, feedback on wrong attempts only": f"sdpo.py {MUL} {RL} --solution-from none",
-        "SDPO, feedback on every attempt": f"sdpo.py {MUL} {RL} --solution-from none --feedback-on all",
+        "SDPO, solution only": f"sdpo.py {MUL} {RL} --hindsight solution",
+        "SDPO, feedback on wrong attempts only": f"sdpo.py {MUL} {RL} --hindsight feedback",
+        "SDPO, feedback on every attempt": f"sdpo.py {MUL} {RL} --hindsight feedback --verifier toy:feedback_all",
         "GRPO": f"sdpo.py {MUL} {RL} --policy-weight 1"}, TWICE),
     "sdpo-faster": Claim(SDPO, {
         "SDPO, solution or feedback": f"sdpo.py {MUL} --lr 6e-4",
-        "SDPO, feedback on every attempt": f"sdpo.py {MUL} --lr 6e-4 --solution-from none --feedback-on all",
+        "SDPO, feedback on every attempt": f"sdpo.py {MUL} --lr 6e-4 --hindsight feedback --verifier toy:feedback_all",
         "GRPO": f"sdpo.py {MUL} --lr 6e-4 --policy-weight 1"}, TWICE),
     "sdpo-logits": Claim(SDPO, {
         "JSD, all logits": f"sdpo.py {MUL} {RL}",
@@ -102,8 +101,7 @@ CLAIMS: dict[str, Claim] = {
         "reverse KL, all logits": f"sdpo.py {MUL} {RL} --divergence reverse_kl",
         "reverse KL, sampled token": f"sdpo.py {MUL} {RL} --divergence reverse_kl --support sampled"}, TWICE),
     "self-teacher": Claim(["teacher at first", "teacher at last", "start", "new skill"], {
-        "SDPO, feedback up to the first wrong digit": f"sdpo.py {MUL.replace('--teacher-samples 0', '')} --verifier toy:feedback_first --solution-from none "
-                                                      "--feedback-on all"}),
+        "SDPO, feedback up to the first wrong digit": f"sdpo.py {MUL.replace('--teacher-samples 0', '')} --verifier toy:feedback_first --hindsight feedback"}),
     "sdpo-teachers": Claim(SDPO, {
         **{f"{teacher} teacher": f"sdpo.py {MUL} {RL} --teacher {teacher}" for teacher in TEACHERS},
         **{f"{teacher} teacher, too fast": f"sdpo.py {MUL} --lr 1e-3 --teacher {teacher}" for teacher in TEACHERS}}, TWICE),
@@ -135,7 +133,7 @@ CLAIMS: dict[str, Claim] = {
         **{f"on-policy, {d}": f"{CLEAN} --divergence {d}" for d in ("forward_kl", "reverse_kl", "jsd")},
         "off-policy (the teacher's outputs), forward_kl": f"{CLEAN} --divergence forward_kl --lmbda 0 --outputs teacher",
         "SFT on the teacher's outputs": f"{CLEAN} --objective sft --lmbda 0 --outputs teacher",
-        "sampled-token policy gradient": f"{CLEAN} --objective policy_gradient --is-cap inf",
+        "sampled-token policy gradient": f"{CLEAN} --objective policy_gradient",
         "one prompt, 20 x 256 answers": ONE}),
     "sdpo-test-time": Claim([*(f"discovery@{k}" for k in (8, 16, 32, 64, 128, 256)), "attempts"], {
         "SDPO": f"{HARD} --max-teacher-tokens 128 --lr 1e-4",
@@ -221,7 +219,8 @@ def run(command: str) -> Path:
     if not (out / "done").exists():
         script, *flags = shlex.split(command)
         print(f"  python {command}", flush=True)
-        done = subprocess.run([sys.executable, ROOT / script, *flags, "--out", str(out), "--overwrite", "--save-every", "1000000"], cwd=ROOT,
+        shutil.rmtree(out, ignore_errors=True)               # of a run that was stopped
+        done = subprocess.run([sys.executable, ROOT / script, *flags, "--out", str(out), "--save-every", "1000000"], cwd=ROOT,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr[-2000:])
