@@ -1042,7 +1042,7 @@ def as_messages(prompt: str | list) -> list:
             if any(part.get("type") != "text" for part in message["content"]):
                 raise ValueError("a message has a part that is not text")
             message["content"] = "".join(part["text"] for part in message["content"])
-    if not messages or messages[-1].get("role") not in ("user", "tool"):
+    if not messages or messages[-1].get("role") != "user":
         raise ValueError("a prompt is text, or a list of chat messages that ends with the user's")
     if not messages[-1]["content"].strip():
         raise ValueError("the prompt is empty")
@@ -1227,20 +1227,13 @@ class Run:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        self.computes_in_bf16 = args.dtype == "bfloat16" or (
-            args.dtype == "auto" and self.device.type == "cuda"
-        )
-        self.main, self.mesh = (
-            self.rank == 0,
-            None,
-        )  # the mesh over which several processes shard their models
+        auto = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.computes_in_bf16 = (auto if args.dtype == "auto" else args.dtype) == "bfloat16"
+        self.main = self.rank == 0
+        self.mesh = None  # over which several processes shard their models
         self.files = {}  # name -> text of files that every saved model folder contains
-        self.state = {
-            "scores": {},
-            "tokens": 0,
-            "seconds": 0.0,
-            "skipped": 0,
-        }  # of the whole run, in every checkpoint
+        # Of the whole run, in every checkpoint.
+        self.state = {"scores": {}, "tokens": 0, "seconds": 0.0, "skipped": 0}
         self.times = collections.Counter()  # seconds of this step, by phase
         self.began, self.stopped, self.skipped_in_a_row = time.time(), False, 0
         self.student = self.teacher = self.optimizer = self.verify = self.bar = self.wandb = None
@@ -1332,9 +1325,8 @@ class Run:
         if self.main and self.args.wandb_project:
             import wandb
 
-            config = json.loads(
-                (self.out / "config.json").read_text()
-            )  # with its id a resumed run continues its page
+            # With the id of config.json a resumed run continues its page.
+            config = json.loads((self.out / "config.json").read_text())
             names = dict(project=self.args.wandb_project, name=self.out.name, id=config["id"])
             self.wandb = wandb.init(**names, resume="allow", config=config)
         return done
@@ -1355,10 +1347,8 @@ def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any) -> Run:
     import transformers
 
     run = Run(args, tokenizer)
-    run.verify, run.evals = (
-        load_verifier(args.verifier, args.unsafe_code),
-        load_evals(args, to_row, tokenizer),
-    )
+    run.verify = load_verifier(args.verifier, args.unsafe_code)
+    run.evals = load_evals(args, to_row, tokenizer)
     for evals in run.evals.values():
         check_gold(evals, args.verifier)
     check_engine(args, run.world)
@@ -1372,9 +1362,7 @@ def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any) -> Run:
             dist.init_process_group(backend, timeout=timedelta(hours=1))
         run.mesh = init_device_mesh(run.device.type, (run.world,))
     transformers.logging.disable_progress_bar()
-    torch.manual_seed(
-        args.seed
-    )  # only initial LoRA weights draw from it; rollouts have random numbers of their own
+    torch.manual_seed(args.seed)  # for initial LoRA weights; rollouts have random numbers of their own
     if not args.dry_run:
         run.agree(claim_folder(run, rows) if run.main else "", InputError)
 
@@ -1394,14 +1382,12 @@ def claim_folder(run: Run, rows: list) -> str:
         data.update(json.dumps([row[key] for key in sorted(row) if key.endswith("_ids")]).encode())
     config = {"id": os.urandom(8).hex(), "args": dataclasses.asdict(run.args), "data": data.hexdigest()}
     config |= {"command": shlex.join(sys.argv), "commit": git_commit(), "world": run.world}
-    work, logs = (
-        ("checkpoints", "revisions.jsonl", "collected", "outputs", "solution.json"),
-        ("metrics.jsonl", "samples.jsonl"),
-    )
+    work = ("checkpoints", "revisions.jsonl", "collected", "outputs", "solution.json")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not any((out / name).exists() for name in work):
-            for name in logs:  # of a run that was killed before its first checkpoint
+        logged = any(row["step"] for row in read_jsonl(out / "metrics.jsonl"))
+        if not any((out / name).exists() for name in work) and (run.args.resume or not logged):
+            for name in ("metrics.jsonl", "samples.jsonl"):  # of a run killed before its first checkpoint
                 (out / name).unlink(missing_ok=True)
             file.write_text(json.dumps(config, indent=1))
             return ""
@@ -1430,8 +1416,11 @@ def append_jsonl(path: Path, rows: list) -> None:
 
 def read_jsonl(path: Path) -> list:
     """Lines end at \\n only; a last line that a kill or a full disk cut short is dropped."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]
+    *lines, last = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    rows = [json.loads(line) for line in lines]
+    with contextlib.suppress(json.JSONDecodeError):
+        rows.append(json.loads(last))
+    return rows
 
 
 def first_line(error: BaseException) -> str:
@@ -1576,9 +1565,8 @@ def optimizer_step(run: Run, lr: float) -> float:
     if math.isfinite(norm):
         run.optimizer.param_groups[0]["lr"] = lr
         run.optimizer.step()
-        torch.autograd.graph.increment_version(
-            params
-        )  # fused AdamW does not count its writes; vLLM's sync needs them
+        # Fused AdamW does not count its writes, by which vLLM's sync sees what has moved.
+        torch.autograd.graph.increment_version(params)
     run.optimizer.zero_grad(set_to_none=True)
     return norm
 

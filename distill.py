@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from common import (
+    RESUME,
     TRAIN_STREAM,
     Divergence,
     InputError,
@@ -354,7 +355,7 @@ def consult(run: Any, teacher: Any, samples: list) -> list:
         try:
             told = teacher.targets([(s.prompt, s.y) for s in samples])
         except RunError as error:
-            problem = str(error)
+            problem = f"{error}; {RESUME}"
         run.agree(problem)
         return [s._replace(told=top) for s, top in zip(samples, told, strict=True)]
     found = []

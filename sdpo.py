@@ -585,6 +585,7 @@ def main(args: Args) -> None:
         return search(run, sampler, student, train, done)
 
     silent = 0  # steps in a row without hindsight for any attempt
+    shown = done > 0  # whether one sample was printed
     for step in range(done + 1, steps + 1):
         asked = step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed)
 
@@ -619,10 +620,10 @@ def main(args: Args) -> None:
                 continue
 
             # 4b. Distil: the teacher scores y_i in hindsight, the student without, and only it learns.
-            for m, micro in enumerate(micro_batches(taught, args.tokens_per_batch)):
+            for micro in micro_batches(taught, args.tokens_per_batch):
                 with run.timer("teacher"):
-                    told = [(s.context, s.y) for s in micro if s.context]
-                    targets = teacher.targets(told) if distils else []
+                    told = [s for s in micro if s.context] if distils else micro
+                    targets = teacher.targets([(s.context, s.y) for s in told]) if distils else []
                 with run.timer("student"):
                     h_ND = completion_states(student, [(s.prompt, s.y) for s in micro])
                     loss, stats, weight_N, drawn_N = sdpo_loss(
@@ -630,9 +631,10 @@ def main(args: Args) -> None:
                     )
                     loss.backward()
                 totals.add(loss, stats, weight_N, drawn_N if first == 0 else None)
-                if step == 1 and first == 0 and m == 0 and micro:
-                    prompts = {"student reads": micro[0].prompt, "teacher reads": micro[0].context}
-                    explain(run, prompts, micro[0].y, stats)
+                if told and not shown:  # the statistics are of `told`
+                    shown = True
+                    prompts = {"student reads": told[0].prompt, "teacher reads": told[0].context}
+                    explain(run, prompts, told[0].y, stats)
 
             # 4c. Step. Gradients add up over ranks; 4a has divided.
             with run.timer("optim"):

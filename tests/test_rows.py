@@ -312,3 +312,9 @@ def test_other_data_is_refused_on_resume(tmp_path):
         assert "the data or the chat template changed" in claim(other, resume=True)
     assert "started with --lr 1e-05, not 1" in claim(rows, resume=True, lr=1.0)
     assert claim(rows, resume=True, save_every=7) == ""
+
+
+def test_a_prompt_that_ends_with_a_tool_message_is_refused():
+    """The teacher's template would stand in its place and hide that a tool spoke."""
+    with pytest.raises(ValueError, match="ends with the user's"):
+        as_messages([{"role": "user", "content": "q"}, {"role": "tool", "content": "42"}])

@@ -9,12 +9,12 @@ import sys
 import time
 from types import SimpleNamespace
 
-import common
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-
 from conftest import JUDGE, ROOT, checkpoint, flags_of, launch, metrics_of, part, run_here
+
+import common
 
 SCRIPTS = ["sdft", "sdpo", "srt", "sdzero", "distill"]
 VOLATILE = ("time/", "memory/")
@@ -122,7 +122,16 @@ def test_resuming_a_run_without_a_checkpoint_begins_again(tiny, tmp_path, monkey
         killed_after(2, patch)
         with pytest.raises(MemoryError):
             run_here("sdft", tmp_path / "r", tiny)
+    with pytest.raises(common.InputError, match="already holds a run"):  # its log is not deleted unasked
+        run_here("sdft", tmp_path / "r", tiny)
     assert [r["step"] for r in run_here("sdft", tmp_path / "r", tiny, "--resume")] == [0, 1, 2, 3]
+
+
+def test_a_whole_last_line_without_a_newline_is_read(tmp_path):
+    """Only a torn one is dropped."""
+    for last, rows in (('{"step": 2}', [{"step": 1}, {"step": 2}]), ('{"step": 2', [{"step": 1}])):
+        (tmp_path / "f.jsonl").write_text('{"step": 1}\n' + last)
+        assert common.read_jsonl(tmp_path / "f.jsonl") == rows
 
 
 def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):

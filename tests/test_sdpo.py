@@ -807,3 +807,37 @@ def test_presets_are_the_papers():
     assert (common.SOLVED, sdpo.CLIP_LOW, sdpo.CLIP_HIGH) == (0.5, 0.2, 0.28)
     assert sdpo.objective_of(a).tail
     assert sdpo.objective_of(a).beta == 0.5
+
+
+@pytest.mark.parametrize("flags", ["", "--policy-weight 0.5"])
+def test_the_printed_sample_is_the_one_whose_statistics_stand_beside_it(flags, tiny, tmp_path, monkeypatch):
+    """In a mixed batch too, where only the attempts with hindsight have a divergence."""
+    judge = tmp_path / "judge.py"
+    judge.write_text("def judge(completion, row):\n    return float(sum(map(ord, completion)) % 3 == 0)\n")
+    seen, losses = [], []
+    explain, loss = sdpo.explain, sdpo.sdpo_loss
+
+    def watched(run, prompts, y, stats):
+        seen.append((prompts["teacher reads"], y, stats))
+        explain(run, prompts, y, stats)
+
+    def kept(h_ND, head, targets, micro, *rest):
+        losses.append(micro)
+        return loss(h_ND, head, targets, micro, *rest)
+
+    def without_hindsight_first(samples, max_tokens):
+        return [sorted(samples, key=lambda s: s.context is not None)]
+
+    monkeypatch.setattr(sdpo, "explain", watched)
+    monkeypatch.setattr(sdpo, "sdpo_loss", kept)
+    monkeypatch.setattr(sdpo, "micro_batches", without_hindsight_first)
+    more = f"--verifier {judge}:judge --hindsight solution --rollouts 4 --teacher-samples 0 {flags}"
+    run_here("sdpo", tmp_path / "r", tiny, more)
+    [(context, y, stats)] = seen
+    if flags:
+        assert any(s.context is None for micro in losses for s in micro)
+    micro = next(micro for micro in losses if any(s.context for s in micro))
+    told = [s for s in micro if s.context]
+    assert (context, y) == (told[0].context, told[0].y)
+    assert len(stats["logp"]) == sum(len(s.y) for s in told)
+    assert stats["logp"][: len(y)].tolist() == pytest.approx(told[0].logps, abs=1e-4)
