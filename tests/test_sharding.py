@@ -367,3 +367,4 @@ if __name__ == "__main__":
         else:
             run_here(script, Path(out), tiny, flags)
     dist.destroy_process_group()
+    os._exit(0)  # as common.launch does, and for the same reason
