@@ -13,7 +13,8 @@ import common
 
 PAGES = {ROOT / name: (ROOT / name).read_text() for name in ("README.md", "tests/README.md")}
 TEXT = "\n".join(PAGES.values())
-LINES = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S))
+LINES = [command.strip() for line in BLOCKS.splitlines() for command in line.split("#")[0].split("&&")]
 COMMANDS = [line for line in LINES + re.findall(r"`(python [^`]*)`", TEXT) if line]
 SCRIPTS = ("sdft", "sdpo", "srt", "sdzero", "distill")
 OURS = [c for c in COMMANDS if re.search(r"\b\w+\.py\b", c)]
