@@ -24,6 +24,12 @@ QUICK |= {"test_teacher", "test_verifiers"}
 WORLD = {"test_learning", "test_toy"}  # last: they need the laptop worlds, which take minutes to make
 
 
+def pytest_configure(config):
+    """All tests but those marked gpu are of the CPU, in float32, whatever the machine has."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: item.module.__name__ in WORLD)
     for item in items:
@@ -103,12 +109,13 @@ def judge(completion, row):
 """
 
 
-def launch(command: str, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def launch(command: str, processes: int = 1, cwd: Path = ROOT, gpu: bool = False) -> subprocess.CompletedProcess:
     """Runs `sdft.py --flag ...` as a user would, with python or torchrun, one thread per process."""
     runner = [sys.executable]
     if processes > 1:
         runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env |= {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     options = dict(capture_output=True, text=True, timeout=600)
     return subprocess.run([*runner, *command.split()], cwd=cwd, env=env, **options)
 
