@@ -1662,7 +1662,8 @@ def evaluate(run: Run, sampler: Sampler, model: nn.Module, step: int, how: Sampl
         best = scores.get("best", scores.setdefault("base", now))
         if now["avg"] > best["avg"]:
             scores["best"] = now
-            save_folder(run, model, "best", f"Best {next(iter(run.evals))} of {run.out.name}: {now}")
+            text = f"Best {next(iter(run.evals))} of {run.out.name}: {now}"
+            save_folder(run, model, "best", model_card(run, now, text))
     return metrics
 
 
@@ -1679,10 +1680,15 @@ def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: S
     squares = sum(m * m for m in means)
     t = run.sum(rows=len(groups), mean=sum(means), squares=squares, solved=solved, tokens=tokens, cut=cut)
     if run.main:
+        samples = []
         for row, y, reward in list(zip(asked, answers, rewards, strict=True))[: 4 * n : n]:
             sample = {"step": step, "set": name, "where": row["where"], "completion": run.text(y)}
-            sample |= {"prompt": run.tokenizer.decode(row["prompt_ids"]), "reward": reward}
-            append_jsonl(run.out / "samples.jsonl", [sample])
+            samples.append({**sample, "prompt": run.tokenizer.decode(row["prompt_ids"]), "reward": reward})
+        append_jsonl(run.out / "samples.jsonl", samples)
+        if run.wandb:
+            table = [list(sample.values()) for sample in samples]
+            columns = list(samples[0])
+            run.wandb.log({f"samples/{name}": sys.modules["wandb"].Table(columns, table)}, step=step)
     P, mean = t["rows"], t["mean"] / t["rows"]
     error = math.sqrt(max(t["squares"] / P - mean**2, 0) / max(P - 1, 1))
     found = {f"avg@{n}": mean, "se": error, "length": t["tokens"] / (P * n), "cut_frac": t["cut"] / (P * n)}
@@ -1725,11 +1731,41 @@ def save_results(run: Run, model: nn.Module) -> None:
 - tokens trained on: {run.state["tokens"]:.0f}
 - peak memory: {peak_memory(run.device) / 2**30:.2f} GiB
 """
-    save_folder(run, model, "last", card)
+    save_folder(run, model, "last", model_card(run, scores.get("last"), card))
+    if run.wandb:
+        run.wandb.summary.update({f"{name}/avg": score["avg"] for name, score in scores.items()})
     if run.main:
         (run.out / "run_card.md").write_text(card)
         draw_curves(run.out)
     run.say(f"{line} · {run.out}/")
+
+
+def model_card(run: Run, score: dict | None, text: str) -> str:
+    """`text` under the metadata that the Hugging Face Hub reads; `score` is that of the first evaluation."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    model, data, results = hub_id(run.args.model), hub_id(run.args.data), []
+    if score:
+        name, source = next(iter(run.evals)), run.args.eval_data[0]
+        metric = dict(metric_type="accuracy", metric_name=f"avg@{run.args.eval_samples}")
+        where = dict(task_type="text-generation", dataset_name=name, dataset_type=hub_id(source) or name)
+        results = [EvalResult(metric_value=score["avg"], **metric, **where)]
+    metadata = ModelCardData(
+        base_model=model or None,
+        datasets=[data] if data else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["self-distillation", Path(sys.argv[0]).stem],
+        model_name=run.out.name,
+        eval_results=results or None,
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
+
+
+def hub_id(source: str) -> str:
+    """The repository of a model or data set on the hub; "" for files and folders."""
+    local = Path(find_source(source.partition("#")[0]).partition("@")[0]).exists()
+    return "" if local else re.split("[:@#]", source)[0]
 
 
 def draw_curves(out: Path) -> None:
@@ -2111,7 +2147,9 @@ def sandbox_command() -> list[str]:
         for part in ("bin", "lib", "lib64", "pyvenv.cfg"):
             command += ["--ro-bind-try", f"{prefix}/{part}", f"{prefix}/{part}"]
     # If we run as root, the program's user owns /proc/sys: /proc must be read-only as well.
-    mounts = "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp/program"
+    mounts = (
+        "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp/program"
+    )
     return command + mounts.split()
 
 

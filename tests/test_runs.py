@@ -279,6 +279,22 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
     assert equal(dict(saved), part(checkpoint(out, 3), "student"))
 
 
+def test_the_model_card_has_the_metadata_of_the_hub(tiny, tmp_path, monkeypatch):
+    """Ids of the hub are named, paths of this machine are not; the score is that of the first evaluation."""
+    from huggingface_hub import ModelCard
+
+    [*_, row] = run_here("sdft", tmp_path / "r", tiny)
+    data = ModelCard.load(tmp_path / "r" / "last" / "README.md").data
+    assert data.base_model is None and data.datasets is None and data.library_name == "transformers"
+    [result] = data.eval_results
+    assert (result.dataset_name, result.metric_name, result.metric_value) == ("eval", "avg@1", row["eval/avg@1"])
+    names = dict(model="org/model", data="org/data:main@train#test", eval_data=["org/data@test"])
+    run = SimpleNamespace(args=SimpleNamespace(**names, eval_samples=4), evals={"data": []}, out=tmp_path / "s")
+    data = ModelCard(common.model_card(run, {"avg": 0.5}, "text")).data
+    assert (data.base_model, data.datasets) == ("org/model", ["org/data"])
+    assert data.eval_results[0].dataset_type == "org/data" and data.eval_results[0].metric_value == 0.5
+
+
 def test_best_holds_the_weights_of_the_best_evaluation(tiny, tmp_path, monkeypatch):
     """A verifier that likes one step only; later and worse weights do not replace it."""
     (tmp_path / "judge.py").write_text(
@@ -452,13 +468,21 @@ def test_a_search_that_ends_at_once_has_no_curves(tmp_path):
 
 def test_wandb_gets_every_row_and_a_resumed_run_goes_on_there(tiny, tmp_path, monkeypatch):
     class Wandb:
-        begun, rows = [], []
+        begun, rows, tables, summary = [], [], [], {}
         __spec__ = importlib.machinery.ModuleSpec("wandb", None)
 
         @classmethod
         def init(cls, **kwargs):
             cls.begun.append(kwargs)
-            return SimpleNamespace(log=lambda metrics, step: cls.rows.append((step, metrics)))
+            return SimpleNamespace(log=cls.log, summary=cls.summary)
+
+        @classmethod
+        def log(cls, metrics, step):
+            (cls.rows if "step" in metrics else cls.tables).append((step, metrics))
+
+        @staticmethod
+        def Table(columns, data):
+            return [dict(zip(columns, row, strict=True)) for row in data]
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     more = "--wandb-project p --save-every 1"
@@ -477,6 +501,10 @@ def test_wandb_gets_every_row_and_a_resumed_run_goes_on_there(tiny, tmp_path, mo
     ] and Wandb.rows[-1][1] == rows[-1]
     first, second = Wandb.begun
     assert first["id"] and first["project"] == "p" and first["name"] == "r" and first == second
+    samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
+    assert [row for _, table in Wandb.tables for row in table["samples/eval"]] == samples
+    expected = {"base/avg": rows[0]["eval/avg@1"], "last/avg": rows[-1]["eval/avg@1"]}
+    assert expected.items() <= Wandb.summary.items()
 
 
 def test_wandb_that_is_not_there(tiny, tmp_path, monkeypatch):
