@@ -17,6 +17,7 @@ D hidden width, V vocabulary, K top-k, and N for the completion tokens of a micr
 from __future__ import annotations
 
 import asyncio
+import bisect
 import collections
 import contextlib
 import copy
@@ -28,6 +29,7 @@ import importlib.util
 import inspect
 import json
 import math
+import operator
 import os
 import queue
 import re
@@ -1162,7 +1164,7 @@ class RunArgs:
     sample_batch: int = 256
     """Completions decoded at once by one process; lower it when the KV cache does not fit."""
     tokens_per_batch: int = 16384
-    """Micro-batch of one process: rows x longest prompt and completion. Affects memory and speed only."""
+    """Micro-batch of one process, in tokens read, with padding. Affects memory and speed only."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What draws completions; vllm, in this process, draws other ones from the same distribution."""
     engine_cache_gib: float = 8.0
@@ -1300,6 +1302,12 @@ class Run:
     def share(self, items: list) -> list:
         """This rank's part of a list that all ranks have."""
         return items[self.rank :: self.world]
+
+    def share_blocks(self, items: list, size: int = 0) -> list:
+        """This rank's part of every `size` items: neighbours, so that attempts of a prompt stay together."""
+        size = size or len(items)
+        ends = [-(-size * rank // self.world) for rank in (self.rank, self.rank + 1)]
+        return [x for first in range(0, len(items), size) for x in items[first : first + size][slice(*ends)]]
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Any:
@@ -1480,17 +1488,37 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
 
 
-def micro_batches(samples: list, max_tokens: int) -> list:
-    """Samples by `length`, longest first: little padding; rows x longest <= max_tokens, or one row alone.
+def tokens_read(shares_prompts: bool, samples: list, n: int) -> float:
+    """Tokens that `completion_states` reads of the first n samples, with padding: the longer side's.
 
-    Every rank gets the same number of micro-batches: some end with empty ones (see `completion_states`).
+    A token in an attempt's copy of its prompt's cache takes an eighth of the memory of one that is read.
     """
-    batches = []
-    for sample in sorted(samples, key=lambda sample: sample.length, reverse=True):
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= max_tokens:
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
+    samples, sizes = samples[:n], []
+    for side in ("prompt", "context"):
+        prompts = [tuple(getattr(s, side, None) or ()) for s in samples]
+        read = len(set(prompts)) + n / 8 if shares_prompts else n
+        sizes.append(read * max(map(len, prompts)))
+    return max(sizes) + n * max(len(s.y) for s in samples)
+
+
+def micro_batches(run: Run, samples: list) -> list:
+    """The samples in parts of --tokens-per-batch `tokens_read`, or one sample alone; the longest first.
+
+    Attempts of a prompt stay together, or completions of one length, whichever reads less. Every rank gets
+    the same number of micro-batches: some end with empty ones (see `completion_states`).
+    """
+    plans, shared = [], run.student.shares_prompts
+    by_prompt = [(len(s.prompt), s.prompt, getattr(s, "context", None) or [], len(s.y)) for s in samples]
+    by_length = [(len(s.y), s.prompt) for s in samples]
+    for keys in (by_prompt, by_length):
+        left = [samples[i] for i in sorted(range(len(samples)), key=keys.__getitem__, reverse=True)]
+        read, batches = 0, []
+        while left:
+            sizes, size = range(1, len(left) + 1), partial(tokens_read, shared, left)
+            n = max(1, bisect.bisect_right(sizes, run.args.tokens_per_batch, key=size))
+            read, batches, left = read + size(n), [*batches, left[:n]], left[n:]
+        plans.append((read, batches))
+    _, batches = min(plans, key=operator.itemgetter(0))
     if not dist.is_initialized():
         return batches
     most = torch.tensor(len(batches), device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -1502,7 +1530,7 @@ def micro_batches(samples: list, max_tokens: int) -> list:
 def most_uncertain(run: Run, model: nn.Module, samples: list, share: float) -> list:
     """Samples with masks that keep the `share` of all ranks' loss tokens of highest entropy."""
     scored, loss_tokens = [], []
-    for micro in micro_batches(samples, run.args.tokens_per_batch):
+    for micro in micro_batches(run, samples):
         h_ND = completion_states(model, [(s.prompt, s.y) for s in micro])
         _, entropy_N = token_logps(
             h_ND, head_of(model), torch.tensor([token for s in micro for token in s.y], device=run.device)
@@ -2147,7 +2175,9 @@ def sandbox_command() -> list[str]:
         for part in ("bin", "lib", "lib64", "pyvenv.cfg"):
             command += ["--ro-bind-try", f"{prefix}/{part}", f"{prefix}/{part}"]
     # If we run as root, the program's user owns /proc/sys: /proc must be read-only as well.
-    mounts = "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp/program"
+    mounts = (
+        "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp/program"
+    )
     return command + mounts.split()
 
 

@@ -132,7 +132,7 @@ def save_gradients(out: Path, tiny: SimpleNamespace, more: str) -> None:
         trained = {name: p for name, p in common.parameters_of(student).items() if p.requires_grad}
         for tensor in common.local(trained):
             tensor.add_(0.02)
-    texts = [([5 + i, 9, 20], [7, 30 - i, 12, 40][: 1 + i % 4]) for i in range(5)]
+    texts = [([5 + i // 2, 9, 20], [7, 30 - i, 12, 40][: 1 + i % 4]) for i in range(5)]
     mine = run.share(texts)
     targets = teacher.targets([([3, 4, *x], y) for x, y in mine])
     h_ND = common.completion_states(student, mine)
