@@ -218,10 +218,8 @@ def completion_states(model: nn.Module, pairs: list) -> Tensor:
     """Hidden states [N, D]: row n predicts completion token n, the (prompt, completion) pairs end to end.
 
     The only place that shifts by one: the state at position p - 1 predicts the token at p. Equal prompts are
-    read once, and the completions on top of their cache; a model that cannot do that reads each text whole.
-    Completions are padded on the right, so under causal attention no real token sees padding. Without pairs
-    the model reads one token, so that a sharded model meets the other ranks, and N is 0: a loss of 0 with
-    gradients of 0.
+    read once, and the completions on top of their cache, where the model `shares_prompts`. Without pairs it
+    reads a token, so that a sharded model meets the other ranks, and N is 0: a loss of 0 with gradients of 0.
     """
     pairs = pairs or [([0], [])]
     if model.shares_prompts:
@@ -723,17 +721,14 @@ def load_model(
         set_model_state_dict(model, weights, options=options)
         model.generation_config = generation_config
     model.source, model.source_dtype = source, model.config.dtype or dtype  # the dtype of best/ and last/
-    if not model.shares_prompts:
-        run.say(
-            f"{flag} {source}: a prompt is read again for each of its attempts; this model cannot share it"
-        )
     if run.args.activation_checkpointing:
-        if model.shares_prompts:
-            run.say("--activation-checkpointing: a prompt is read again for each of its attempts")
         model.shares_prompts = False  # the layers that run again would extend the cache again
         options = dict(use_reentrant=False, preserve_rng_state=False)
         for block in blocks_of(model):
             block.forward = functools.partial(checkpoint, block.forward, **options)
+    if not model.shares_prompts:
+        why = "recurrent layers and --activation-checkpointing cannot share it"
+        run.say(f"{flag} {source}: each attempt reads its prompt again; {why}")
     return model
 
 
@@ -816,15 +811,13 @@ def blocks_of(model: nn.Module) -> list:
 def check_model(model: nn.Module, name: str) -> None:
     """InputError for a model whose logits, or saved folder, would not be what the model computes.
 
-    Sets `model.shares_prompts`: whether completions can be read on top of a cache with the right states and
-    gradients. A cache that a layer writes in place, such as a recurrent state, has no gradient.
+    Sets `shares_prompts`: a cache that is written in place, such as a recurrent state, has no gradient.
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     generator = torch.Generator().manual_seed(0)
     vocabulary = len(model.get_input_embeddings().weight)
     texts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (9, 6)]
-    texts.append(texts[0][:4] + texts[1])
     adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name}
     for p in adapters.values():  # they start at zero, which would hide a mistake
         p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1])
@@ -833,8 +826,8 @@ def check_model(model: nn.Module, name: str) -> None:
     limit = tolerance * max(1.0, expected.abs().max().item())
     pairs = [(ids[:4], [*ids[4:], 0]) for ids in texts]
     model.shares_prompts = False
-    states, ends = completion_states(model, pairs), torch.tensor([len(ids) - 3 for ids in texts]).cumsum(0)
-    found = {"from hidden states": head_of(model).logits(states[ends - 1])}
+    states = completion_states(model, pairs)
+    found = {"from hidden states": head_of(model).logits(states[[5, 8]])}  # after the whole texts
     try:
         _, mask_BL, cache = prefill(model, [ids[:-1] for ids in texts])
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(texts), 1)], 1)
@@ -1505,7 +1498,7 @@ def micro_batches(run: Run, samples: list) -> list:
     """The samples in parts of --tokens-per-batch `tokens_read`, or one sample alone; the longest first.
 
     Attempts of a prompt stay together, or completions of one length, whichever reads less. Every rank gets
-    the same number of micro-batches: some end with empty ones (see `completion_states`).
+    the same number: some end with empty ones (see `completion_states`).
     """
     plans, shared = [], run.student.shares_prompts
     by_prompt = [(len(s.prompt), s.prompt, getattr(s, "context", None) or [], len(s.y)) for s in samples]
