@@ -29,7 +29,6 @@ import importlib.util
 import inspect
 import json
 import math
-import operator
 import os
 import queue
 import re
@@ -1500,7 +1499,7 @@ def micro_batches(run: Run, samples: list) -> list:
     Attempts of a prompt stay together, or completions of one length, whichever reads less. Every rank gets
     the same number: some end with empty ones (see `completion_states`).
     """
-    plans, shared = [], run.student.shares_prompts
+    plans, shared = {}, run.student.shares_prompts
     by_prompt = [(len(s.prompt), s.prompt, getattr(s, "context", None) or [], len(s.y)) for s in samples]
     by_length = [(len(s.y), s.prompt) for s in samples]
     for keys in (by_prompt, by_length):
@@ -1510,8 +1509,8 @@ def micro_batches(run: Run, samples: list) -> list:
             sizes, size = range(1, len(left) + 1), partial(tokens_read, shared, left)
             n = max(1, bisect.bisect_right(sizes, run.args.tokens_per_batch, key=size))
             read, batches, left = read + size(n), [*batches, left[:n]], left[n:]
-        plans.append((read, batches))
-    _, batches = min(plans, key=operator.itemgetter(0))
+        plans[read] = batches
+    batches = plans[min(plans)]
     if not dist.is_initialized():
         return batches
     most = torch.tensor(len(batches), device="cuda" if dist.get_backend() == "nccl" else "cpu")
