@@ -17,6 +17,7 @@ D hidden width, V vocabulary, K top-k, and N for the completion tokens of a micr
 from __future__ import annotations
 
 import asyncio
+import bisect
 import collections
 import contextlib
 import copy
@@ -57,6 +58,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -134,10 +136,10 @@ def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: 
     """One batch: reads each distinct prompt once, then decodes; finished rows leave the batch."""
     B, T = noise_BT.shape
     ids, logps, finished = [[] for _ in prompts], [[] for _ in prompts], [False] * B
-    z_BV, mask_BL, cache = prefill(model, prompts)
+    h_BD, mask_BL, cache = prefill(model, prompts)
     alive = torch.arange(B, device=model.device)
     for t in range(T):
-        token_B, logp_B = draw(z_BV, noise_BT[alive, t], how)
+        token_B, logp_B = draw(head_of(model).logits(h_BD), noise_BT[alive, t], how)
         over_B = torch.isin(token_B, eos)
         for row, *told in zip(*(x.tolist() for x in (alive, token_B, logp_B, over_B)), strict=True):
             ids[row].append(told[0])
@@ -150,31 +152,36 @@ def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: 
             cache.reorder_cache(keep)
             alive, token_B, mask_BL = alive[keep], token_B[keep], mask_BL[keep]
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], 1)
-        z_BV = next_logits(model, token_B[:, None], mask_BL, cache)
+        h_BD = next_states(model, token_B[:, None], mask_BL, cache)[:, 0]
     return [Rollout(*rollout) for rollout in zip(ids, logps, finished, strict=True)]
 
 
 def prefill(model: nn.Module, prompts: list) -> tuple[Tensor, Tensor, Any]:
-    """Logits [B, V] after each prompt, attention mask [B, L] and cache. Equal prompts are read once."""
+    """Last state [B, D] of each prompt, attention mask [B, L] and cache. Equal prompts are read once."""
     from transformers import DynamicCache
 
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: i for i, prompt in enumerate(distinct)}
     which_B = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
-    width, cache = max(map(len, distinct)), DynamicCache(config=model.config)
-    ids_BL = torch.tensor([[0] * (width - len(p)) + list(p) for p in distinct], device=model.device)
-    mask_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=model.device)
-    z_BV = next_logits(model, ids_BL, mask_BL, cache)
+    ids_BL, mask_BL = padded(distinct, "left", model.device)
+    cache = DynamicCache(config=model.config)
+    h_BLD = next_states(model, ids_BL, mask_BL, cache)
     cache.reorder_cache(which_B)
-    return z_BV[which_B], mask_BL[which_B], cache
+    return h_BLD[which_B, -1], mask_BL[which_B], cache
 
 
-def next_logits(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, cache: Any) -> Tensor:
-    """Logits [B, V] after the last of `ids_BL`, which extend the cache. Positions count real tokens only."""
+def next_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, cache: Any) -> Tensor:
+    """Hidden states [B, L, D] of `ids_BL`, which extend the cache. Positions count real tokens only."""
     position_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1] :]
     inputs = dict(input_ids=ids_BL, position_ids=position_BL, past_key_values=cache, use_cache=True)
-    h_BLD = hidden_states(model, attention_mask=None if mask_BL.all() else mask_BL, **inputs)
-    return head_of(model).logits(h_BLD[:, -1])
+    return hidden_states(model, attention_mask=None if mask_BL.all() else mask_BL, **inputs)
+
+
+def padded(rows: list, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and their attention mask [B, L], padded on one side."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    return pad(ids).to(device), pad([torch.ones_like(row) for row in ids]).to(device)
 
 
 def draw(z_BV: Tensor, noise_B: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
@@ -209,18 +216,22 @@ def eos_ids_of(tokenizer: Any, model: Any) -> list:
 def completion_states(model: nn.Module, pairs: list) -> Tensor:
     """Hidden states [N, D]: row n predicts completion token n, the (prompt, completion) pairs end to end.
 
-    The only place that shifts by one: the state at position p - 1 predicts the token at p. Rows are padded
-    on the right, so under causal attention no real token sees padding. Without pairs the model reads one
-    token, so that a sharded model meets the other ranks, and N is 0: a loss of 0 with gradients of 0.
+    The only place that shifts by one: the state at position p - 1 predicts the token at p. Equal prompts are
+    read once, and the completions on top of their cache, where the model `shares_prompts`. Without pairs it
+    reads a token, so that a sharded model meets the other ranks, and N is 0: a loss of 0 with gradients of 0.
     """
     pairs = pairs or [([0], [])]
-    texts = [[*prompt, *y] for prompt, y in pairs]
-    width = max(map(len, texts))
-    ids_BL = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.device)
-    h_BLD = hidden_states(model, input_ids=ids_BL, use_cache=False)
-    return torch.cat(
-        [h_LD[len(x) - 1 : len(x) - 1 + len(y)] for h_LD, (x, y) in zip(h_BLD, pairs, strict=True)]
-    )
+    if model.shares_prompts:
+        h_BD, mask_BL, cache = prefill(model, [prompt for prompt, _ in pairs])
+        ids_BT, mask_BT = padded([y[:-1] or [0] for _, y in pairs], "right", model.device)
+        h_BTD = next_states(model, ids_BT, torch.cat([mask_BL, mask_BT], 1), cache)
+        h_BLD, starts = torch.cat([h_BD[:, None], h_BTD], 1), [0] * len(pairs)
+    else:
+        ids_BL, _ = padded([[*prompt, *y] for prompt, y in pairs], "right", model.device)
+        h_BLD = hidden_states(model, input_ids=ids_BL, use_cache=False)
+        starts = [len(prompt) - 1 for prompt, _ in pairs]
+    rows = zip(h_BLD, starts, pairs, strict=True)
+    return torch.cat([h_LD[start : start + len(y)] for h_LD, start, (_, y) in rows])
 
 
 class Teacher:
@@ -700,17 +711,23 @@ def load_model(
     if run.mesh is None:
         model.to(run.device)
     else:
-        config, generation_config = run.gather([(model.config, model.generation_config)] if model else [])[0]
+        found = [(model.config, model.generation_config, model.shares_prompts)] if model else []
+        config, generation_config, shares_prompts = run.gather(found)[0]
         weights = model.state_dict() if model else {}
         model = shard(empty_model(config, run.device, lora_rank, dtype), run)
+        model.shares_prompts = shares_prompts
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, weights, options=options)
         model.generation_config = generation_config
     model.source, model.source_dtype = source, model.config.dtype or dtype  # the dtype of best/ and last/
     if run.args.activation_checkpointing:
+        model.shares_prompts = False  # the layers that run again would extend the cache again
         options = dict(use_reentrant=False, preserve_rng_state=False)
         for block in blocks_of(model):
             block.forward = functools.partial(checkpoint, block.forward, **options)
+    if not model.shares_prompts:
+        why = "recurrent layers and --activation-checkpointing cannot share it"
+        run.say(f"{flag} {source}: each attempt reads its prompt again; {why}")
     return model
 
 
@@ -743,7 +760,7 @@ def attention_of(config: Any, device: torch.device) -> str | None:
 
 def prepare(model: nn.Module, lora_rank: int, computes_in_bf16: bool) -> nn.Module:
     """Adds the adapters, and what the functions of this file expect of a model."""
-    model.lora_rank, model.computes_in_bf16 = lora_rank, computes_in_bf16
+    model.lora_rank, model.computes_in_bf16, model.shares_prompts = lora_rank, computes_in_bf16, False
     model.read = functools.partial(read_states, model.base_model)
     if lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
@@ -791,7 +808,12 @@ def blocks_of(model: nn.Module) -> list:
 
 @torch.no_grad()
 def check_model(model: nn.Module, name: str) -> None:
-    """InputError for a model whose logits, or saved folder, would not be what the model computes."""
+    """InputError for a model whose logits, or saved folder, would not be what the model computes.
+
+    Sets `shares_prompts`: a cache that is written in place, such as a recurrent state, has no gradient.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     generator = torch.Generator().manual_seed(0)
     vocabulary = len(model.get_input_embeddings().weight)
     texts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (9, 6)]
@@ -799,13 +821,17 @@ def check_model(model: nn.Module, name: str) -> None:
     for p in adapters.values():  # they start at zero, which would hide a mistake
         p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1])
     expected = last_logits(model, texts)
-    limit = (1e-3 if model.dtype == torch.float32 else 2e-2) * max(1.0, expected.abs().max().item())
-    states = completion_states(model, [(ids, [0]) for ids in texts])
-    found = {"from hidden states": head_of(model).logits(states)}
+    tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
+    limit = tolerance * max(1.0, expected.abs().max().item())
+    pairs = [(ids[:4], [*ids[4:], 0]) for ids in texts]
+    model.shares_prompts = False
+    states = completion_states(model, pairs)
+    found = {"from hidden states": head_of(model).logits(states[[5, 8]])}  # after the whole texts
     try:
         _, mask_BL, cache = prefill(model, [ids[:-1] for ids in texts])
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(texts), 1)], 1)
-        found["with a cache"] = next_logits(model, torch.tensor([ids[-1:] for ids in texts]), mask_BL, cache)
+        last = next_states(model, torch.tensor([ids[-1:] for ids in texts]), mask_BL, cache)[:, 0]
+        found["with a cache"] = head_of(model).logits(last)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise InputError(f"{name} cannot decode with a cache ({first_line(error)})") from error
     if adapters:
@@ -816,6 +842,10 @@ def check_model(model: nn.Module, name: str) -> None:
         gap = (logits - expected).abs().max().item()
         if not gap <= limit:
             raise InputError(f"{name} is not supported: its logits {how} differ by {gap:.3g}")
+    if {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        model.shares_prompts = True
+        gap = (completion_states(model, pairs) - states).abs().max().item()
+        model.shares_prompts = gap <= tolerance * max(1.0, states.abs().max().item())
     for p in adapters.values():
         p.zero_()
 
@@ -839,7 +869,7 @@ def copy_of(model: nn.Module, run: Run) -> nn.Module:
         if not model.lora_rank or "lora_" in name:
             weights[name] = weights[name].clone()
     other.load_state_dict(weights, assign=True)
-    other.generation_config = model.generation_config
+    other.generation_config, other.shares_prompts = model.generation_config, model.shares_prompts
     return other
 
 
@@ -1126,7 +1156,7 @@ class RunArgs:
     sample_batch: int = 256
     """Completions decoded at once by one process; lower it when the KV cache does not fit."""
     tokens_per_batch: int = 16384
-    """Micro-batch of one process: rows x longest prompt and completion. Affects memory and speed only."""
+    """Micro-batch of one process, in tokens read, with padding. Affects memory and speed only."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What draws completions; vllm, in this process, draws other ones from the same distribution."""
     engine_cache_gib: float = 8.0
@@ -1264,6 +1294,12 @@ class Run:
     def share(self, items: list) -> list:
         """This rank's part of a list that all ranks have."""
         return items[self.rank :: self.world]
+
+    def share_blocks(self, items: list, size: int = 0) -> list:
+        """This rank's part of every `size` items: neighbours, so that attempts of a prompt stay together."""
+        size = size or len(items)
+        ends = [-(-size * rank // self.world) for rank in (self.rank, self.rank + 1)]
+        return [x for first in range(0, len(items), size) for x in items[first : first + size][slice(*ends)]]
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Any:
@@ -1444,17 +1480,37 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
 
 
-def micro_batches(samples: list, max_tokens: int) -> list:
-    """Samples by `length`, longest first: little padding; rows x longest <= max_tokens, or one row alone.
+def tokens_read(shares_prompts: bool, samples: list, n: int) -> float:
+    """Tokens that `completion_states` reads of the first n samples, with padding: the longer side's.
 
-    Every rank gets the same number of micro-batches: some end with empty ones (see `completion_states`).
+    A token in an attempt's copy of its prompt's cache takes an eighth of the memory of one that is read.
     """
-    batches = []
-    for sample in sorted(samples, key=lambda sample: sample.length, reverse=True):
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= max_tokens:
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
+    samples, sizes = samples[:n], []
+    for side in ("prompt", "context"):
+        prompts = [tuple(getattr(s, side, None) or ()) for s in samples]
+        read = len(set(prompts)) + n / 8 if shares_prompts else n
+        sizes.append(read * max(map(len, prompts)))
+    return max(sizes) + n * max(len(s.y) for s in samples)
+
+
+def micro_batches(run: Run, samples: list) -> list:
+    """The samples in parts of --tokens-per-batch `tokens_read`, or one sample alone; the longest first.
+
+    Attempts of a prompt stay together, or completions of one length, whichever reads less. Every rank gets
+    the same number: some end with empty ones (see `completion_states`).
+    """
+    plans, shared = {}, run.student.shares_prompts
+    by_prompt = [(len(s.prompt), s.prompt, getattr(s, "context", None) or [], len(s.y)) for s in samples]
+    by_length = [(len(s.y), s.prompt) for s in samples]
+    for keys in (by_prompt, by_length):
+        left = [samples[i] for i in sorted(range(len(samples)), key=keys.__getitem__, reverse=True)]
+        read, batches = 0, []
+        while left:
+            sizes, size = range(1, len(left) + 1), partial(tokens_read, shared, left)
+            n = max(1, bisect.bisect_right(sizes, run.args.tokens_per_batch, key=size))
+            read, batches, left = read + size(n), [*batches, left[:n]], left[n:]
+        plans[read] = batches
+    batches = plans[min(plans)]
     if not dist.is_initialized():
         return batches
     most = torch.tensor(len(batches), device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -1466,7 +1522,7 @@ def micro_batches(samples: list, max_tokens: int) -> list:
 def most_uncertain(run: Run, model: nn.Module, samples: list, share: float) -> list:
     """Samples with masks that keep the `share` of all ranks' loss tokens of highest entropy."""
     scored, loss_tokens = [], []
-    for micro in micro_batches(samples, run.args.tokens_per_batch):
+    for micro in micro_batches(run, samples):
         h_ND = completion_states(model, [(s.prompt, s.y) for s in micro])
         _, entropy_N = token_logps(
             h_ND, head_of(model), torch.tensor([token for s in micro for token in s.y], device=run.device)

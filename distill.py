@@ -229,10 +229,6 @@ class Sample(NamedTuple):
     logps: list  # of y under the sampler
     told: TopK | None = None  # what the teacher says of y, where it is asked before the weights move
 
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.y)
-
 
 def to_row(raw: dict) -> dict:
     """A data set's columns as ours: prompt, and what it has of completion and answer."""
@@ -359,7 +355,7 @@ def consult(run: Any, teacher: Any, samples: list) -> list:
         run.agree(problem)
         return [s._replace(told=top) for s, top in zip(samples, told, strict=True)]
     found = []
-    for micro in micro_batches(samples, run.args.tokens_per_batch):
+    for micro in micro_batches(run, samples):
         with torch.no_grad():
             h_ND = completion_states(teacher.model, [(s.prompt, s.y) for s in micro])
             y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=run.device)
@@ -471,7 +467,8 @@ def main(args: Args) -> None:
     for step in range(done + 1, steps + 1):
         own = on_policy(args, step)
         asked = step_rows(train, step, args.prompts_per_step, args.rollouts if own else 1, args.seed)
-        mine = run.share(range(len(asked)))
+        each, questions = len(asked) // args.prompts_per_step, args.mini_batch or args.prompts_per_step
+        mine = run.share_blocks(range(len(asked)), each * questions)
 
         # 1. Answer: in a share lambda of the steps y ~ student(.|x), from the weights about to be updated;
         #    in the others the fixed outputs.
@@ -484,7 +481,7 @@ def main(args: Args) -> None:
                 answers = sampler(student, prompts, keys, (TRAIN_STREAM, step), sampling)
             else:
                 answers = [fixed[asked[j]["id"]] for j in mine]
-        each, samples = len(asked) // args.prompts_per_step, []
+        samples = []
         for j, y in zip(mine, answers, strict=True):
             if y.finished or not args.mask_truncated:
                 samples.append(Sample(j // each, asked[j]["prompt_ids"], y.ids, y.logps))
@@ -496,7 +493,6 @@ def main(args: Args) -> None:
 
         # 3. Learn, one optimiser step per mini-batch of prompts.
         lr, totals = learning_rate(step, args), Totals()
-        questions = args.mini_batch or args.prompts_per_step
         for first in range(0, args.prompts_per_step, questions):
             batch = [s for s in samples if first <= s.q < first + questions]
 
@@ -506,7 +502,7 @@ def main(args: Args) -> None:
                 continue
 
             # 3b. Distil: both sides score the same y after the same x; the student has a gradient.
-            for m, micro in enumerate(micro_batches(batch, args.tokens_per_batch)):
+            for m, micro in enumerate(micro_batches(run, batch)):
                 pairs = [(s.prompt, s.y) for s in micro]
                 with run.timer("teacher"):
                     target = joined([s.told for s in micro], run) if early else []

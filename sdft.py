@@ -201,10 +201,6 @@ class Sample(NamedTuple):
     logps: list  # of y under the sampler
     mask: list  # which tokens of y carry loss
 
-    @property
-    def length(self) -> int:
-        return max(len(self.prompt), len(self.context)) + len(self.y)
-
 
 SCIENCE_SYSTEM = """
 Given a question and four options, please select the right answer. Respond in the following format:
@@ -339,7 +335,7 @@ def main(args: Args) -> None:
         run.log(0, evaluate(run, sampler, student, 0, eval_sampling))
 
     for step in range(done + 1, steps + 1):
-        rows = run.share(step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed))
+        rows = run.share_blocks(step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed))
 
         # 1. Answer: y ~ student(.|x), from the weights about to be updated. The baselines take c instead.
         with run.timer("generate"):
@@ -368,7 +364,7 @@ def main(args: Args) -> None:
         totals = Totals()
 
         # 4. Distil: the teacher scores y with c, the student without c; only the student has a gradient.
-        for m, micro in enumerate(micro_batches(samples, args.tokens_per_batch)):
+        for m, micro in enumerate(micro_batches(run, samples)):
             with run.timer("teacher"):
                 targets = teacher.targets([(s.context, s.y) for s in micro]) if teacher else []
             with run.timer("student"):

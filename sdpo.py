@@ -264,10 +264,6 @@ class Sample(NamedTuple):
     mask: list  # which tokens of y carry loss
     advantage: float  # of y in its group, for GRPO
 
-    @property
-    def length(self) -> int:
-        return max(len(self.prompt), len(self.context or [])) + len(self.y)
-
 
 SCIENCE_SYSTEM = """
 Given a question and four options, please select the right answer. Respond in the following format:
@@ -363,7 +359,8 @@ def to_row(raw: dict, train: bool = False) -> dict | None:
 
 def attempt(run: Any, sampler: Any, student: Any, asked: list, step: int) -> tuple[list, list]:
     """y_1..y_G ~ student(.|x) for each question: this process's places in `asked`, and their rollouts."""
-    mine, args = run.share(range(len(asked))), run.args
+    args = run.args
+    mine = run.share_blocks(range(len(asked)), args.rollouts * (args.mini_batch or args.prompts_per_step))
     prompts, keys = [asked[j]["prompt_ids"] for j in mine], [asked[j]["rollout_key"] for j in mine]
     with run.timer("generate"):
         return mine, sampler(
@@ -620,7 +617,7 @@ def main(args: Args) -> None:
                 continue
 
             # 4b. Distil: the teacher scores y_i in hindsight, the student without, and only it learns.
-            for micro in micro_batches(taught, args.tokens_per_batch):
+            for micro in micro_batches(run, taught):
                 with run.timer("teacher"):
                     told = [s for s in micro if s.context] if distils else micro
                     targets = teacher.targets([(s.context, s.y) for s in told]) if distils else []

@@ -197,10 +197,6 @@ class Sample(NamedTuple):
     logps: list  # of y under the sampler
     solved: bool  # the verdict r
 
-    @property
-    def length(self) -> int:
-        return len(self.context) + len(self.y)
-
 
 SYSTEM = "You are a helpful assistant that solves {} problems step by step."
 
@@ -306,7 +302,7 @@ def main(args: Args) -> None:
         run.log(0, measured | revise(run, sampler, student, eval_sampling, reviser))
 
     for step in range(done + 1, steps + 1):
-        rows = run.share(step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed))
+        rows = run.share_blocks(step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed))
 
         # 1. Answer: y ~ student(.|x), from the weights about to be updated.
         with run.timer("generate"):
@@ -339,7 +335,7 @@ def main(args: Args) -> None:
         by_verdict = dict.fromkeys(("right", "right_tokens", "wrong", "wrong_tokens"), 0.0)
 
         # 5. Distil: the reviser scores its second copy of y; only the student has a gradient.
-        for m, micro in enumerate(micro_batches(samples, args.tokens_per_batch)):
+        for m, micro in enumerate(micro_batches(run, samples)):
             with run.timer("teacher"):
                 targets = teacher.targets([(s.context, s.y) for s in micro])
             with run.timer("student"):

@@ -211,10 +211,6 @@ class Sample(NamedTuple):
     y: list  # y0, P_r, y1 end to end; rft: y0
     revision: int  # length of y1
 
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.y)
-
 
 SYSTEM = "You are a helpful assistant that solves {} problems step by step."
 
@@ -473,7 +469,7 @@ def main(args: Args) -> None:
 
         # 2b. Learn to revise, and to answer so unasked: in both terms y1 follows x, y0, P_r.
         sums = dict.fromkeys(("loss", "logp", "revision_logp", "entropy"), 0.0)
-        for m, micro in enumerate(micro_batches(samples, args.tokens_per_batch)):
+        for m, micro in enumerate(micro_batches(run, samples)):
             with run.timer("student"):
                 h_ND = completion_states(student, [(s.prompt, s.y) for s in micro])
                 loss, stats = srt_loss(h_ND, head_of(student), micro, n, loss_name)

@@ -13,7 +13,8 @@ TRL      the trainers as they are. Chosen for them: gradient_checkpointing and b
 both     SDPO: 8 questions x 8 attempts, JSD 1/2 over all logits (topk: the student's top 100 and a tail), EMA teacher, three of four
          attempts right. SDFT: 32 prompts, forward KL over all logits, EMA teacher. Distillation: 32 prompts, JSD 1/2, token mean, a
          teacher of the student's shape. AdamW, gradient norm 1, no importance ratio (TRL's is inactive where each batch is used once).
-model    random Qwen3. tiny: 4 layers x 128 and the laptop world's 89 tokens; small: 6 x 256 and 32768. One direction of the hidden state
+model    random Qwen3. tiny: 4 layers x 128 and the laptop world's 89 tokens; small: 6 x 256 and 32768; smol: the shape of
+         SmolLM2-135M, 30 x 576 and 49152, in bf16 autocast on both sides. One direction of the hidden state
          is constant and the EOS logit reads it alone. forced lengths: it is never drawn, so that both do the same work; natural: it is
          drawn with probability of about 2 / limit at every token: nearly geometric lengths, with the same distribution on both sides.
 seconds  of a step, the first one left out; both sides take turns, each in a fresh process; medians over the repeats. --clock cpu counts the
@@ -43,7 +44,18 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-SHAPES = {"tiny": (4, 128, 89), "small": (6, 256, 32768)}   # layers, width, vocabulary
+class Shape(NamedTuple):
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    dtype: str = "float32"                                   # of forward passes; weights are fp32
+
+
+SHAPES = {"tiny": Shape(4, 128, 384, 4, 2, 89), "small": Shape(6, 256, 768, 8, 4, 32768),
+          "smol": Shape(30, 576, 1536, 9, 3, 49152, "bfloat16")}
 
 
 class Case(NamedTuple):
@@ -52,11 +64,13 @@ class Case(NamedTuple):
     limit: int                                               # longest completion, tokens
     support: str                                             # tokens that the divergence is summed over
     steps: int                                               # timed ones
+    prompt: int = 0                                          # tokens of each prompt; 0: 8 to 27
 
 
 CASES = {"sdpo-tiny-256": Case("sdpo", "tiny", 256, "full", 2), "sdpo-small-64": Case("sdpo", "small", 64, "full", 2),
          "sdft-small-64": Case("sdft", "small", 64, "full", 3), "distill-small-64": Case("distill", "small", 64, "full", 3),
          "sdpo-small-64-topk": Case("sdpo", "small", 64, "student_topk", 2), "sdpo-small-256": Case("sdpo", "small", 256, "full", 1)}
+CASES |= {f"sdpo-smol-{prompt}-{limit}": Case("sdpo", "smol", limit, "full", 1, prompt) for prompt in (40, 300) for limit in (16, 128)}
 PROMPTS = {"sdpo": (8, 8), "sdft": (32, 1), "distill": (32, 1)}                      # prompts per step, completions of each
 PHASES = ("generate", "teacher", "student", "other")
 K = 100
@@ -87,12 +101,12 @@ def make_tokenizer(size: int) -> Any:
 def make_model(folder: Path, shape: str, limit: int, lengths: str, seed: int = 0) -> None:
     """A random Qwen3 that ends its completions as the docstring says."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    layers, width, size = SHAPES[shape]
+    layers, width, mlp, heads, kv_heads, size, _ = SHAPES[shape]
     tokenizer = make_tokenizer(size)
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=width // 32,
-        num_key_value_heads=width // 64, head_dim=32, max_position_embeddings=2048, initializer_range=0.1, tie_word_embeddings=False,
+        vocab_size=size, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=width // heads, max_position_embeddings=2048, initializer_range=0.1, tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id)).eval()
     head = model.lm_head.weight
     model.model.embed_tokens.weight[:, 0] = 1.0
@@ -107,11 +121,12 @@ def make_model(folder: Path, shape: str, limit: int, lengths: str, seed: int = 0
     tokenizer.save_pretrained(folder)
 
 
-def make_rows(script: str, n: int) -> list[dict]:
-    """Prompts of 8 to 27 tokens; demonstrations of 8 to 40."""
+def make_rows(script: str, n: int, prompt: int = 0) -> list[dict]:
+    """Prompts of 8 to 27 tokens, or of `prompt` each; demonstrations of 8 to 40."""
     rng = random.Random(0)
     digits = lambda low, high: "".join(rng.choices("0123456789", k=rng.randint(low, high)))
-    rows = [{"prompt": [{"role": "user", "content": f"sort:{digits(3, 22)}"}], "answer": "0"} for _ in range(n)]
+    low, high = (prompt - 5, prompt - 5) if prompt else (3, 22)
+    rows = [{"prompt": [{"role": "user", "content": f"sort:{digits(low, high)}"}], "answer": "0"} for _ in range(n)]
     return [row | {"privileged_context": digits(8, 40)} for row in rows] if script == "sdft" else rows
 
 
@@ -154,7 +169,7 @@ class Steps:
 def our_flags(case: Case, folder: Path, steps: int, tokens: int) -> list[str]:
     prompts, rollouts = PROMPTS[case.script]
     flags = (
-        f"--model {folder}/model --data {folder}/rows.jsonl --eval-data --out {folder}/out --seed 0 --dtype float32 "
+        f"--model {folder}/model --data {folder}/rows.jsonl --eval-data --out {folder}/out --seed 0 --dtype {SHAPES[case.shape].dtype} "
         f"--steps {steps} --prompts-per-step {prompts} --rollouts {rollouts} --max-prompt-tokens 512 "
         f"--max-completion-tokens {case.limit} --is-cap 0 --support {case.support} --topk {K} --lr 1e-6 --warmup 0 "
         f"--adam-betas 0.9 0.999 --weight-decay 0 --tokens-per-batch {tokens} --eval-every 1000 --save-every 1000"
@@ -228,7 +243,7 @@ def run_trl(case: Case, folder: Path, steps: int, micro: int) -> dict:
                 seconds.update(dict.fromkeys(seconds, 0.0))
 
     settings = dict(max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=prompts * rollouts // micro, temperature=1.0,
-                    max_completion_length=case.limit)
+                    max_completion_length=case.limit, bf16=SHAPES[case.shape].dtype == "bfloat16")
     if case.support != "full":
         settings |= dict(distillation_mode="topk_logits", distillation_topk=K, distillation_add_tail=True)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
@@ -302,7 +317,7 @@ def check(folder: Path, name: str) -> dict:
     conftest.make_model(folder / "model", family)
     conftest.make_model(folder / "teacher", family, seed=1)
     rng = random.Random(0)
-    words = lambda low, high: [rng.randrange(6, SHAPES["tiny"][2]) for _ in range(rng.randint(low, high))]
+    words = lambda low, high: [rng.randrange(6, SHAPES["tiny"].vocabulary) for _ in range(rng.randint(low, high))]
     triples = [(words(5, 20), words(10, 60), words(4, 40)) for _ in range(8)]         # what the student and the teacher read, and y
     triples = [(x, x, y) for x, _, y in triples] if script == "distill" else triples
     taught = triples[:7] if script == "sdpo" else triples    # SDPO: the last attempt has no signal, but counts in the mean
@@ -407,7 +422,7 @@ def measure(name: str, lengths: str, args: argparse.Namespace) -> list[tuple[dic
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model", case.shape, case.limit, lengths)
         make_model(Path(folder) / "teacher", case.shape, case.limit, lengths, seed=1)
-        rows = make_rows(case.script, prompts * (steps + 1))
+        rows = make_rows(case.script, prompts * (steps + 1), case.prompt)
         (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for _ in range(args.repeats):
             ours, theirs = (fresh({"side": side, "case": name, "steps": steps, "batch": batch, "folder": folder, "clock": args.clock}, args.threads)

@@ -185,7 +185,7 @@ def test_answers_cut_off_are_kept_or_left_out(tiny, tmp_path):
 def world(tmp_path_factory):
     run = Run(SimpleNamespace(**STUB, tokens_per_batch=8))
     folder = tmp_path_factory.mktemp("world")
-    student = load_model(str(make_model(folder / "m")), run)
+    student = run.student = load_model(str(make_model(folder / "m")), run)
     teacher = Teacher(str(make_model(folder / "t", seed=3)), 0.0, student, run)
     samples = [
         Sample(0, [3, 20, 5, 4], [30, 31, 32, 33, 5], [-3.0, -4.0, -5.0, -2.0, -6.0]),

@@ -107,7 +107,7 @@ def test_a_template_without_its_places_is_refused(template):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     run = Run(Args(out="/nowhere", tokens_per_batch=1000))
-    student = load_model(str(make_model(tmp_path_factory.mktemp("world") / "m")), run)
+    student = run.student = load_model(str(make_model(tmp_path_factory.mktemp("world") / "m")), run)
     teacher = Teacher("ema", 0.1, student, run)
     prompts = [[3, 20, 5, 4], [3, 20, 21, 22, 5, 4]]
     contexts = [[3, 20, 40, 41, 42, 5, 4], [3, 43, 5, 4]]

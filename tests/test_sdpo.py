@@ -825,7 +825,7 @@ def test_the_printed_sample_is_the_one_whose_statistics_stand_beside_it(flags, t
         losses.append(micro)
         return loss(h_ND, head, targets, micro, *rest)
 
-    def without_hindsight_first(samples, max_tokens):
+    def without_hindsight_first(run, samples):
         return [sorted(samples, key=lambda s: s.context is not None)]
 
     monkeypatch.setattr(sdpo, "explain", watched)

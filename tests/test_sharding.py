@@ -128,11 +128,12 @@ def save_gradients(out: Path, tiny: SimpleNamespace, more: str) -> None:
     torch.manual_seed(0)
     student = common.load_model(args.model, run, args.lora_rank)
     teacher = common.Teacher(args.teacher, args.ema_rate, student, run)
+    assert student.shares_prompts and teacher.model.shares_prompts
     with torch.no_grad():  # away from the teacher, and from adapters of 0, whose gradients would be 0
         trained = {name: p for name, p in common.parameters_of(student).items() if p.requires_grad}
         for tensor in common.local(trained):
             tensor.add_(0.02)
-    texts = [([5 + i, 9, 20], [7, 30 - i, 12, 40][: 1 + i % 4]) for i in range(5)]
+    texts = [([5 + i // 2, 9, 20], [7, 30 - i, 12, 40][: 1 + i % 4]) for i in range(5)]
     mine = run.share(texts)
     targets = teacher.targets([([3, 4, *x], y) for x, y in mine])
     h_ND = common.completion_states(student, mine)
