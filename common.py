@@ -1160,9 +1160,9 @@ FREE_ON_RESUME |= {"eval_every", "collect_only", "teacher_url"}
 POSITIVE = """
     lr epochs sample_batch tokens_per_batch engine_cache_gib engine_tensor_parallel save_every rollouts topk
     prompts_per_step max_prompt_tokens max_teacher_tokens max_completion_tokens eval_every eval_samples
-    eval_top_p attempts revisions collect_batch max_tokens
+    eval_top_p attempts revisions collect_batch max_tokens success
 """.split()
-SHARES = {"beta", "ema_rate", "entropy_quantile", "policy_weight", "lmbda", "adam_betas", "eval_top_p"}
+SHARES = set("beta ema_rate entropy_quantile policy_weight lmbda adam_betas eval_top_p success".split())
 
 
 def parse_args(args_type: type, presets: dict, argv: list | None = None) -> Any:
@@ -1234,6 +1234,7 @@ class Run:
         self.computes_in_bf16 = (auto if args.dtype == "auto" else args.dtype) == "bfloat16"
         self.main = self.rank == 0
         self.mesh = None  # over which several processes shard their models
+        self.success = SOLVED  # reward from which an answer counts for pass@n; sdpo.py has a flag for it
         self.files = {}  # name -> text of files that every saved model folder contains
         # Of the whole run, in every checkpoint.
         self.state = {"scores": {}, "tokens": 0, "seconds": 0.0, "skipped": 0}
@@ -1674,7 +1675,7 @@ def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: S
     answers = sampler(model, prompts, keys, (EVAL_STREAM, place), how)
     rewards = [reward for reward, _ in run.grade(asked, answers)]
     groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
-    means, solved = [sum(group) / n for group in groups], sum(max(group) >= SOLVED for group in groups)
+    means, solved = [sum(group) / n for group in groups], sum(max(group) >= run.success for group in groups)
     tokens, cut = sum(len(y.ids) for y in answers), sum(not y.finished for y in answers)
     squares = sum(m * m for m in means)
     t = run.sum(rows=len(groups), mean=sum(means), squares=squares, solved=solved, tokens=tokens, cut=cut)
