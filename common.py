@@ -103,7 +103,8 @@ class Sampler:
     """
 
     def __init__(self, run: Run, model: nn.Module):
-        self.run, self.args, self.eos = run, run.args, torch.tensor(eos_ids_of(run.tokenizer, model))
+        eos = eos_ids_of(run.tokenizer, model.config, model.generation_config)
+        self.run, self.args, self.eos = run, run.args, torch.tensor(eos)
 
     def __call__(self, model: nn.Module, prompts: list, keys: list, stream: tuple, how: Sampling) -> list:
         """One Rollout per prompt (token ids). `keys` are (row id, sample); any process may draw any."""
@@ -194,10 +195,10 @@ def draw(z_BV: Tensor, noise_B: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
 
 
-def eos_ids_of(tokenizer: Any, model: Any) -> list:
+def eos_ids_of(tokenizer: Any, *configs: Any) -> list:
     """Tokens that end a turn: the tokenizer's EOS and those of config.json and generation_config.json."""
     ids = [tokenizer.eos_token_id]
-    for config in (model.config, model.generation_config):
+    for config in configs:
         more = getattr(config, "eos_token_id", None)
         ids += more if isinstance(more, list) else [more]
     return list(dict.fromkeys(i for i in ids if i is not None))
@@ -239,7 +240,7 @@ class Teacher:
     def __init__(self, kind: str, rate: float, student: nn.Module, run: Run):
         self.kind, self.rate, self.student, self.run, self.model = kind, rate, student, run, student
         if kind not in self.KINDS:
-            check_vocabularies(student.source, kind)
+            check_teacher(student.source, kind)
             dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
             self.model = load_model(kind, run, dtype=dtype, flag="--teacher").requires_grad_(False)
         elif kind != "live":
@@ -284,15 +285,36 @@ class Teacher:
         return {name: theirs[name] for name in ours}, ours
 
 
-def check_vocabularies(student: str, teacher: str) -> None:
-    """InputError unless the same token has the same id on both sides."""
-    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher, "--teacher").get_vocab()
+def check_teacher(student: str, teacher: str) -> None:
+    """InputError unless a token has the same id on both sides, and one of them ends an answer on both."""
+    tokenizer = load_tokenizer(student)
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(teacher, "--teacher").get_vocab()
     for _, token in sorted((i, token) for token, i in ours.items() ^ theirs.items()):
         ids = f"{ours.get(token)} in the student and {theirs.get(token)} in the teacher"
         raise InputError(
             f"--teacher {teacher} and --model {student} differ in vocabulary: token {token!r} is {ids}; "
             "they must share one tokenizer"
         )
+    ours, theirs = stop_ids(student), stop_ids(teacher, "--teacher")
+    if not set(ours) & set(theirs):
+        said = [tokenizer.convert_ids_to_tokens(ids) for ids in (theirs, ours)]
+        raise InputError(f"--teacher {teacher} ends answers with {said[0]}, --model {student} with {said[1]}")
+
+
+def stop_ids(source: str, flag: str = "--model") -> list:
+    """`eos_ids_of` a folder or hub id, without its weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    path = find_source(source)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
+    try:
+        generation = GenerationConfig.from_pretrained(path)
+    except OSError:  # a folder need not have one
+        generation = config
+    return eos_ids_of(load_tokenizer(source, flag), config, generation)
 
 
 # ---- 3. Loss: exact over the vocabulary, with memory that does not depend on tokens x vocabulary
@@ -1386,7 +1408,7 @@ def claim_folder(run: Run, rows: list) -> str:
         data.update(json.dumps([row[key] for key in sorted(row) if key.endswith("_ids")]).encode())
     config = {"id": os.urandom(8).hex(), "args": dataclasses.asdict(run.args), "data": data.hexdigest()}
     config |= {"command": shlex.join(sys.argv), "commit": git_commit(), "world": run.world}
-    work = ("checkpoints", "revisions.jsonl", "collected", "outputs", "solution.json")
+    work = ("checkpoints", "revisions.jsonl", "collected", "solution.json")
     try:
         out.mkdir(parents=True, exist_ok=True)
         logged = any(row["step"] for row in read_jsonl(out / "metrics.jsonl"))
