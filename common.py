@@ -17,7 +17,6 @@ D hidden width, V vocabulary, K top-k, and N for the completion tokens of a micr
 from __future__ import annotations
 
 import asyncio
-import bisect
 import collections
 import contextlib
 import copy
@@ -105,7 +104,8 @@ class Sampler:
     """
 
     def __init__(self, run: Run, model: nn.Module):
-        self.run, self.args, self.eos = run, run.args, torch.tensor(eos_ids_of(run.tokenizer, model))
+        eos = eos_ids_of(run.tokenizer, model.config, model.generation_config)
+        self.run, self.args, self.eos = run, run.args, torch.tensor(eos)
 
     def __call__(self, model: nn.Module, prompts: list, keys: list, stream: tuple, how: Sampling) -> list:
         """One Rollout per prompt (token ids). `keys` are (row id, sample); any process may draw any."""
@@ -201,10 +201,10 @@ def draw(z_BV: Tensor, noise_B: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
 
 
-def eos_ids_of(tokenizer: Any, model: Any) -> list:
+def eos_ids_of(tokenizer: Any, *configs: Any) -> list:
     """Tokens that end a turn: the tokenizer's EOS and those of config.json and generation_config.json."""
     ids = [tokenizer.eos_token_id]
-    for config in (model.config, model.generation_config):
+    for config in configs:
         more = getattr(config, "eos_token_id", None)
         ids += more if isinstance(more, list) else [more]
     return list(dict.fromkeys(i for i in ids if i is not None))
@@ -250,7 +250,7 @@ class Teacher:
     def __init__(self, kind: str, rate: float, student: nn.Module, run: Run):
         self.kind, self.rate, self.student, self.run, self.model = kind, rate, student, run, student
         if kind not in self.KINDS:
-            check_vocabularies(student.source, kind)
+            check_teacher(student.source, kind)
             dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
             self.model = load_model(kind, run, dtype=dtype, flag="--teacher").requires_grad_(False)
         elif kind != "live":
@@ -295,15 +295,36 @@ class Teacher:
         return {name: theirs[name] for name in ours}, ours
 
 
-def check_vocabularies(student: str, teacher: str) -> None:
-    """InputError unless the same token has the same id on both sides."""
-    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher, "--teacher").get_vocab()
+def check_teacher(student: str, teacher: str) -> None:
+    """InputError unless a token has the same id on both sides, and one of them ends an answer on both."""
+    tokenizer = load_tokenizer(student)
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(teacher, "--teacher").get_vocab()
     for _, token in sorted((i, token) for token, i in ours.items() ^ theirs.items()):
         ids = f"{ours.get(token)} in the student and {theirs.get(token)} in the teacher"
         raise InputError(
             f"--teacher {teacher} and --model {student} differ in vocabulary: token {token!r} is {ids}; "
             "they must share one tokenizer"
         )
+    ours, theirs = stop_ids(student), stop_ids(teacher, "--teacher")
+    if not set(ours) & set(theirs):
+        said = [tokenizer.convert_ids_to_tokens(ids) for ids in (theirs, ours)]
+        raise InputError(f"--teacher {teacher} ends answers with {said[0]}, --model {student} with {said[1]}")
+
+
+def stop_ids(source: str, flag: str = "--model") -> list:
+    """`eos_ids_of` a folder or hub id, without its weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    path = find_source(source)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
+    try:
+        generation = GenerationConfig.from_pretrained(path)
+    except OSError:  # a folder need not have one
+        generation = config
+    return eos_ids_of(load_tokenizer(source, flag), config, generation)
 
 
 # ---- 3. Loss: exact over the vocabulary, with memory that does not depend on tokens x vocabulary
@@ -1190,9 +1211,9 @@ FREE_ON_RESUME |= {"eval_every", "collect_only", "teacher_url"}
 POSITIVE = """
     lr epochs sample_batch tokens_per_batch engine_cache_gib engine_tensor_parallel save_every rollouts topk
     prompts_per_step max_prompt_tokens max_teacher_tokens max_completion_tokens eval_every eval_samples
-    eval_top_p attempts revisions collect_batch max_tokens
+    eval_top_p attempts revisions collect_batch max_tokens success
 """.split()
-SHARES = {"beta", "ema_rate", "entropy_quantile", "policy_weight", "lmbda", "adam_betas", "eval_top_p"}
+SHARES = set("beta ema_rate entropy_quantile policy_weight lmbda adam_betas eval_top_p success".split())
 
 
 def parse_args(args_type: type, presets: dict, argv: list | None = None) -> Any:
@@ -1264,6 +1285,7 @@ class Run:
         self.computes_in_bf16 = (auto if args.dtype == "auto" else args.dtype) == "bfloat16"
         self.main = self.rank == 0
         self.mesh = None  # over which several processes shard their models
+        self.success = SOLVED  # reward from which an answer counts for pass@n; sdpo.py has a flag for it
         self.files = {}  # name -> text of files that every saved model folder contains
         # Of the whole run, in every checkpoint.
         self.state = {"scores": {}, "tokens": 0, "seconds": 0.0, "skipped": 0}
@@ -1291,11 +1313,7 @@ class Run:
         for first in filter(None, self.gather([problem])):
             raise error(first)
 
-    def share(self, items: list) -> list:
-        """This rank's part of a list that all ranks have."""
-        return items[self.rank :: self.world]
-
-    def share_blocks(self, items: list, size: int = 0) -> list:
+    def share(self, items: list, size: int = 0) -> list:
         """This rank's part of every `size` items: neighbours, so that attempts of a prompt stay together."""
         size = size or len(items)
         ends = [-(-size * rank // self.world) for rank in (self.rank, self.rank + 1)]
@@ -1421,7 +1439,7 @@ def claim_folder(run: Run, rows: list) -> str:
         data.update(json.dumps([row[key] for key in sorted(row) if key.endswith("_ids")]).encode())
     config = {"id": os.urandom(8).hex(), "args": dataclasses.asdict(run.args), "data": data.hexdigest()}
     config |= {"command": shlex.join(sys.argv), "commit": git_commit(), "world": run.world}
-    work = ("checkpoints", "revisions.jsonl", "collected", "outputs", "solution.json")
+    work = ("checkpoints", "revisions.jsonl", "collected", "solution.json")
     try:
         out.mkdir(parents=True, exist_ok=True)
         logged = any(row["step"] for row in read_jsonl(out / "metrics.jsonl"))
@@ -1480,17 +1498,29 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
 
 
-def tokens_read(shares_prompts: bool, samples: list, n: int) -> float:
-    """Tokens that `completion_states` reads of the first n samples, with padding: the longer side's.
+def context_of(sample: Any) -> list:
+    """What the teacher reads before y, where that is not the student's prompt."""
+    return getattr(sample, "context", None) or []
+
+
+def prompt_first(sample: Any) -> tuple:
+    return len(sample.prompt), sample.prompt, context_of(sample), len(sample.y)
+
+
+def answer_first(sample: Any) -> tuple:
+    return len(sample.y), sample.prompt
+
+
+def tokens_read(samples: list, shares_prompts: bool) -> float:
+    """Tokens that `completion_states` reads of a micro-batch, with padding: the longer side's.
 
     A token in an attempt's copy of its prompt's cache takes an eighth of the memory of one that is read.
     """
-    samples, sizes = samples[:n], []
-    for side in ("prompt", "context"):
-        prompts = [tuple(getattr(s, side, None) or ()) for s in samples]
-        read = len(set(prompts)) + n / 8 if shares_prompts else n
+    sizes = []
+    for prompts in ([tuple(s.prompt) for s in samples], [tuple(context_of(s)) for s in samples]):
+        read = len(set(prompts)) + len(prompts) / 8 if shares_prompts else len(prompts)
         sizes.append(read * max(map(len, prompts)))
-    return max(sizes) + n * max(len(s.y) for s in samples)
+    return max(sizes) + len(samples) * max(len(s.y) for s in samples)
 
 
 def micro_batches(run: Run, samples: list) -> list:
@@ -1499,18 +1529,15 @@ def micro_batches(run: Run, samples: list) -> list:
     Attempts of a prompt stay together, or completions of one length, whichever reads less. Every rank gets
     the same number: some end with empty ones (see `completion_states`).
     """
-    plans, shared = {}, run.student.shares_prompts
-    by_prompt = [(len(s.prompt), s.prompt, getattr(s, "context", None) or [], len(s.y)) for s in samples]
-    by_length = [(len(s.y), s.prompt) for s in samples]
-    for keys in (by_prompt, by_length):
-        left = [samples[i] for i in sorted(range(len(samples)), key=keys.__getitem__, reverse=True)]
-        read, batches = 0, []
-        while left:
-            sizes, size = range(1, len(left) + 1), partial(tokens_read, shared, left)
-            n = max(1, bisect.bisect_right(sizes, run.args.tokens_per_batch, key=size))
-            read, batches, left = read + size(n), [*batches, left[:n]], left[n:]
-        plans[read] = batches
-    batches = plans[min(plans)]
+    plans, shared = [[], []], run.student.shares_prompts
+    for plan, order in zip(plans, (prompt_first, answer_first), strict=True):
+        for sample in sorted(samples, key=order, reverse=True):
+            if plan and tokens_read([*plan[-1], sample], shared) <= run.args.tokens_per_batch:
+                plan[-1].append(sample)
+            else:
+                plan.append([sample])
+    read = [sum(tokens_read(batch, shared) for batch in plan) for plan in plans]
+    batches = plans[read.index(min(read))]
     if not dist.is_initialized():
         return batches
     most = torch.tensor(len(batches), device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -1731,7 +1758,7 @@ def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: S
     answers = sampler(model, prompts, keys, (EVAL_STREAM, place), how)
     rewards = [reward for reward, _ in run.grade(asked, answers)]
     groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
-    means, solved = [sum(group) / n for group in groups], sum(max(group) >= SOLVED for group in groups)
+    means, solved = [sum(group) / n for group in groups], sum(max(group) >= run.success for group in groups)
     tokens, cut = sum(len(y.ids) for y in answers), sum(not y.finished for y in answers)
     squares = sum(m * m for m in means)
     t = run.sum(rows=len(groups), mean=sum(means), squares=squares, solved=solved, tokens=tokens, cut=cut)

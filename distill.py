@@ -12,21 +12,19 @@ Run    python distill.py                                         # the laptop wo
        python distill.py --objective sft --lmbda 0 --out runs/sft-lock   # the baseline: hard targets
        torchrun --nproc-per-node 8 distill.py --preset tml-math  # the policy gradient of Thinking Machines
        python distill.py --support teacher_topk --topk 64 --teacher-url http://localhost:8000/v1
-Differs from the papers: GKD distilled T5, here both are decoders; jsd at beta = 0 and 1 is refused,
-because it vanishes there and the two KLs are flags of their own. Thinking Machines sum over tokens, here
-it is a mean: Adam sees no difference. GSM8K's fixed outputs end in \\boxed{} instead of "####", as the
-prompt asks.
+Differs from the papers: GKD distilled T5 from a fine-tuned student, here both are decoders and the student is
+what --model says. jsd at beta = 0 and 1 is refused: it vanishes there, and the two KLs are flags of their
+own. Thinking Machines sum over tokens, here it is a mean: Adam sees no difference. GSM8K's fixed outputs end
+in \\boxed{} instead of "####", as the prompt asks, and a tenth of its training rows chooses best/.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import re
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,7 +32,6 @@ import torch
 from torch import Tensor
 
 from common import (
-    RESUME,
     TRAIN_STREAM,
     Divergence,
     InputError,
@@ -42,7 +39,6 @@ from common import (
     Objective,
     Rollout,
     RunArgs,
-    RunError,
     Sampler,
     Sampling,
     Support,
@@ -50,14 +46,11 @@ from common import (
     TopK,
     Totals,
     as_messages,
-    check_vocabularies,
+    check_teacher,
     completion_states,
     distill_loss,
-    eos_ids_of,
     evaluate,
     explain,
-    find_source,
-    first_line,
     head_of,
     launch,
     learning_rate,
@@ -67,12 +60,12 @@ from common import (
     make_sampler,
     micro_batches,
     optimizer_step,
-    read_jsonl,
     read_logps,
     rollout_metrics,
     save_results,
     start_run,
     step_rows,
+    stop_ids,
     token_logps,
     tokenize,
 )
@@ -87,14 +80,12 @@ class PaperArgs:
     objective: Literal["divergence", "policy_gradient", "sft"] = "divergence"
     """divergence: D along y. policy_gradient: -ratio A_t of the sampled tokens. sft: -log p(y)."""
     lmbda: float = 1.0
-    """lambda, the share of steps on the student's own y (Algorithm 1). In other steps y is a fixed output,
-    one per
-    prompt whatever --rollouts."""
+    """lambda, the share of steps on the student's own y (Algorithm 1). In the others y is a fixed output, one
+    per prompt whatever --rollouts."""
     outputs: Literal["completion", "teacher"] = "completion"
-    """The fixed outputs: the rows' "completion", or the teacher's, sampled once per row and kept in --out."""
+    """The fixed outputs: the rows' "completion", or the teacher's, the same for a row at every step."""
     divergence: Divergence = "forward_kl"
-    """D per token: forward_kl = KL(teacher||student), reverse_kl = KL(student||teacher), jsd, mixed =
-    both."""
+    """D per token: forward_kl = KL(teacher||student), reverse_kl the other way, jsd, mixed = both KLs."""
     beta: float = 0.5
     """jsd: weight of the teacher in the mixture and of its KL. mixed: weight of the forward KL."""
     support: Support = "full"
@@ -106,9 +97,8 @@ class PaperArgs:
     teacher: str = "Qwen/Qwen3-4B"
     """A frozen model with the same tokenizer: folder or hub id; with --teacher-url its name on the server."""
     teacher_url: str = ""
-    """A vLLM server in place of a local teacher, such as http://localhost:8000/v1, for --support
-    teacher_topk or
-    sampled, or the policy gradient. Its key is read from VLLM_API_KEY."""
+    """A vLLM server in place of a local teacher, such as http://localhost:8000/v1, for --support teacher_topk
+    or sampled, or the policy gradient. Its key is read from VLLM_API_KEY."""
 
     # Model and data.
     model: str = "Qwen/Qwen3-0.6B"
@@ -120,8 +110,7 @@ class PaperArgs:
     eval_data: tuple[str, ...] = ()
     """Evaluation sets; the first decides which weights are best/, the others show what is forgotten."""
     verifier: str = "exact"
-    """Grades evaluation: exact, choice, tool_use, math, code, or path.py:function(completion, row) ->
-    reward."""
+    """Grades evaluation: exact, choice, tool_use, math, code, or path.py:function(completion, row)."""
     chat_kwargs: Json = field(default_factory=lambda: {"enable_thinking": False})
     """Arguments of the chat template for both sides, as JSON."""
     max_prompt_tokens: int = 1024
@@ -195,10 +184,13 @@ PRESETS: dict[str, dict] = {
     ),
     # The paper distils T5-XL (3B) into 77M-800M and prints no learning rate, batch or steps; these are Args'.
     # lambda = 1 with the forward KL is the best of its GSM8K table; y are sampled at temperature 1.
-    "gkd-gsm8k": dict(data="openai/gsm8k:main@train", eval_data=("openai/gsm8k:main@test",), verifier="math"),
+    "gkd-gsm8k": dict(
+        data="openai/gsm8k:main@train#train",
+        eval_data=("openai/gsm8k:main@train#test", "openai/gsm8k:main@test"),
+        verifier="math",
+    ),
     # Thinking Machines, October 2025: 150 steps of 512 x 4, rank 128. Their student was first fine-tuned
-    # on 400K traces of OpenThoughts-3: give such a checkpoint as --model. Not printed: average, warm-up,
-    # alpha.
+    # on 400K traces of OpenThoughts-3: give such a checkpoint as --model. Not printed: average, warm-up.
     "tml-math": dict(
         objective="policy_gradient",
         average="token",
@@ -227,7 +219,6 @@ class Sample(NamedTuple):
     prompt: list  # what both sides read
     y: list  # what both score
     logps: list  # of y under the sampler
-    told: TopK | None = None  # what the teacher says of y, where it is asked before the weights move
 
 
 def to_row(raw: dict) -> dict:
@@ -236,9 +227,7 @@ def to_row(raw: dict) -> dict:
     if "final_answer" in raw:  # DeepMath
         row |= {"prompt": raw["question"] + MATH_SUFFIX, "answer": raw["final_answer"]}
         row["completion"] = raw["r1_solution_1"]
-    elif "question" in raw and "####" in str(
-        raw.get("answer")
-    ):  # GSM8K; its last line as the prompt asks for it
+    elif "question" in raw and "####" in str(raw.get("answer")):  # GSM8K, ending as the prompt asks
         worked, _, number = raw["answer"].rpartition("####")
         number = number.strip().replace(",", "")
         row |= {"prompt": raw["question"] + MATH_SUFFIX, "answer": number}
@@ -267,130 +256,40 @@ def on_policy(args: Args, step: int) -> bool:
     return np.random.default_rng((args.seed, LAMBDA_STREAM, step)).random() <= args.lmbda
 
 
-def fixed_outputs(run: Any, train: list, steps: int, teacher: Any) -> dict:
-    """Row id -> y of off-policy steps. The teacher's are sampled once for the rows of those steps, and
-    kept."""
-    args, folder = run.args, run.out / "outputs"
-    if args.outputs == "completion":
-        return {
-            row["id"]: Rollout(row["completion_ids"], [0.0] * len(row["completion_ids"]), True)
-            for row in train
-        }
-    folder.mkdir(exist_ok=True)
-    known = read_outputs(folder)
-    run.agree("")  # all have read before anyone writes
-    off = [step for step in range(1, steps + 1) if not on_policy(args, step)]
-    met = [row for step in off for row in step_rows(train, step, args.prompts_per_step, 1, args.seed)]
-    met = {row["id"]: row for row in met}
-    missing = [row for i, row in sorted(met.items()) if i not in known]
-    run.say(
-        f"the teacher answers {len(met)} rows of off-policy steps, {len(met) - len(missing)} are there "
-        f"already"
-    )
-    sampler, sampling = Sampler(run, teacher.model), Sampling(args.max_completion_tokens, args.temperature)
-    file = folder / f"{run.rank}.jsonl"
-    lines = file.read_text() if file.exists() else ""
-    for first in range(0, len(missing), args.sample_batch * run.world):
-        rows = run.share(missing[first : first + args.sample_batch * run.world])
-        prompts, keys = [row["prompt_ids"] for row in rows], [(row["id"], 0) for row in rows]
-        drawn = sampler(teacher.model, prompts, keys, (OUTPUT_STREAM,), sampling)
-        pairs = zip(rows, drawn, strict=True)
-        lines += "".join(json.dumps({"row": row["id"], **y._asdict()}) + "\n" for row, y in pairs)
-        aside = file.with_suffix(".aside")
-        aside.write_text(lines)
-        aside.rename(file)
-    run.agree("")
-    return read_outputs(folder)
-
-
-def read_outputs(folder: Any) -> dict:
-    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in read_jsonl(file)]
-    return {line["row"]: Rollout(line["ids"], line["logps"], line["finished"]) for line in lines}
-
-
-def joined(told: list, run: Any) -> TopK:
-    """What the teacher says of several y, laid end to end."""
-    nothing = TopK(*[torch.zeros(0, device=run.device)] * 3)
-    return TopK(*(torch.cat(parts).to(run.device) for parts in zip(*told, strict=True))) if told else nothing
-
-
-def gkd_loss(
-    h_ND: Tensor, head: Any, target: Any, micro: list, n: dict, args: Args
-) -> tuple[Tensor, dict, Tensor]:
+def gkd_loss(h_ND: Tensor, head: Any, targets: Any, micro: list, n: dict, args: Args) -> tuple:
     """(loss, statistics, weights) of a micro-batch: D(teacher, student) over y, or -ratio A, or -log p(y)."""
-    device = h_ND.device
-    y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=device)
-    each = [
-        1 / (len(s.y) * n["sequences"]) if args.average == "sequence" else 1 / n["tokens"]
-        for s in micro
-        for _ in s.y
-    ]
-    weight_N = torch.tensor(each, device=device)
+    y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=h_ND.device)
+    each = [1 / n["tokens"]] * len(micro)
+    if args.average == "sequence":
+        each = [1 / (len(s.y) * n["sequences"]) for s in micro]
+    weights = [share for s, share in zip(micro, each, strict=True) for _ in s.y]
+    weight_N = torch.tensor(weights, device=h_ND.device)
     if args.objective == "divergence":
-        loss, stats = distill_loss(h_ND, head, target, y_N, weight_N, objective_of(args))
+        loss, stats = distill_loss(h_ND, head, targets, y_N, weight_N, objective_of(args))
         return loss, stats, weight_N
     logp_N, entropy_N = token_logps(h_ND, head, y_N)
     stats = {"logp": logp_N.detach(), "entropy": entropy_N}
     if args.objective == "sft":
         return -(weight_N * logp_N).sum(), stats, weight_N
-    logps_N = torch.tensor([p for s in micro for p in s.logps], device=device)
-    advantage_N = target.logp_N - logps_N  # A_t = log p_teacher(y_t) - log p_sampler(y_t): a constant
+    logps_N = torch.tensor([p for s in micro for p in s.logps], device=h_ND.device)
+    teacher_logp_N = teacher_logps(targets, y_N)
+    advantage_N = teacher_logp_N - logps_N  # A_t = log p_teacher(y_t) - log p_sampler(y_t): a constant
     ratio_N = (logp_N - logps_N).exp()  # student / sampler, without a cap
-    stats |= {"divergence": -advantage_N, "teacher_logp": target.logp_N, "ratio": ratio_N.detach()}
+    stats |= {"divergence": -advantage_N, "teacher_logp": teacher_logp_N, "ratio": ratio_N.detach()}
     return -(weight_N * ratio_N * advantage_N).sum(), stats, weight_N
+
+
+def teacher_logps(targets: Any, y_N: Tensor) -> Tensor:
+    """log p_teacher(y_t): what a server said, or from the hidden states of a local teacher."""
+    if isinstance(targets, TopK):
+        return targets.logp_N
+    [(_, h_ND, head)] = targets
+    with torch.no_grad():
+        return token_logps(h_ND, head, y_N)[0]
 
 
 def objective_of(args: Args) -> Objective:
     return Objective(args.divergence, args.support, args.topk, beta=args.beta)
-
-
-def consult(run: Any, teacher: Any, samples: list) -> list:
-    """The samples with what the teacher says of them: a server its top k, a local one the log-probs of y."""
-    if isinstance(teacher, Served):
-        problem, told = "", []
-        try:
-            told = teacher.targets([(s.prompt, s.y) for s in samples])
-        except RunError as error:
-            problem = f"{error}; {RESUME}"
-        run.agree(problem)
-        return [s._replace(told=top) for s, top in zip(samples, told, strict=True)]
-    found = []
-    for micro in micro_batches(run, samples):
-        with torch.no_grad():
-            h_ND = completion_states(teacher.model, [(s.prompt, s.y) for s in micro])
-            y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=run.device)
-            logp_N, _ = token_logps(h_ND, head_of(teacher.model), y_N)
-        parts = logp_N.split([len(s.y) for s in micro]) if micro else []
-        for s, part in zip(micro, parts, strict=True):
-            found.append(
-                s._replace(told=TopK(part.new_zeros(len(part), 0).long(), part.new_zeros(len(part), 0), part))
-            )
-    return found
-
-
-def stop_ids(source: str, tokenizer: Any) -> list:
-    """The EOS tokens of a model folder or hub id, without its weights."""
-    from transformers import AutoConfig, GenerationConfig
-
-    config = AutoConfig.from_pretrained(find_source(source))
-    try:
-        generation = GenerationConfig.from_pretrained(find_source(source))
-    except OSError:  # a folder need not have one
-        generation = config
-    return sorted(eos_ids_of(tokenizer, SimpleNamespace(config=config, generation_config=generation)))
-
-
-def check_teacher(args: Args, tokenizer: Any) -> None:
-    """InputError, before weights load, unless both sides share a vocabulary and a token that ends an
-    answer."""
-    check_vocabularies(args.model, args.teacher)
-    ours = stop_ids(args.model, tokenizer)
-    theirs = stop_ids(args.teacher, load_tokenizer(args.teacher, "--teacher"))
-    if not set(ours) & set(theirs):
-        said = [tokenizer.batch_decode([[i] for i in ids]) for ids in (theirs, ours)]
-        raise InputError(
-            f"--teacher {args.teacher} ends its answers with {said[0]}, --model {args.model} with {said[1]}"
-        )
 
 
 def needs_teacher(args: Args) -> bool:
@@ -399,29 +298,27 @@ def needs_teacher(args: Args) -> bool:
 
 def check(args: Args, vocabulary: int) -> None:
     """InputError for combinations of flags that cannot mean what they say."""
-    policy = args.objective == "policy_gradient"
+    policy, divergence = args.objective == "policy_gradient", args.objective == "divergence"
     if args.objective == "sft" and args.lmbda > 0:
         raise InputError(f"--objective sft learns fixed outputs; add --lmbda 0 (it is {args.lmbda})")
-    if args.lmbda < 1 and (policy or (args.objective == "divergence" and args.support == "sampled")):
-        raise InputError(
-            f"the policy gradient needs the student's own tokens; add --lmbda 1 (it is {args.lmbda})"
-        )
+    if args.lmbda < 1 and (policy or (divergence and args.support == "sampled")):
+        need = "the policy gradient needs the student's own tokens"
+        raise InputError(f"{need}; add --lmbda 1 (it is {args.lmbda})")
     if args.lmbda == 1 and args.outputs == "teacher":
         raise InputError("--outputs teacher with --lmbda 1: no step would learn from them; lower --lmbda")
     if policy and args.temperature != 1:
         raise InputError("--objective policy_gradient compares sampler and student; it needs --temperature 1")
-    if args.objective == "divergence":
+    if divergence:
         objective_of(args).check(vocabulary)
     if args.divergence == "jsd" and args.beta in (0, 1):
         raise InputError(f"--beta {args.beta}: jsd vanishes there; use --divergence forward_kl or reverse_kl")
     if args.mini_batch and args.prompts_per_step % args.mini_batch:
-        raise InputError(
-            f"--mini-batch {args.mini_batch} must divide --prompts-per-step {args.prompts_per_step}"
-        )
-    if needs_teacher(args) and not args.teacher_url and args.teacher in ("", *Teacher.KINDS):
-        raise InputError(f"--teacher {args.teacher or '(none)'}: expected another model's folder or hub id")
+        sizes = f"{args.mini_batch} must divide --prompts-per-step {args.prompts_per_step}"
+        raise InputError(f"--mini-batch {sizes}")
     if args.teacher_url:
         check_served(args)
+    elif needs_teacher(args) and args.teacher in ("", *Teacher.KINDS):
+        raise InputError(f"--teacher {args.teacher or '(none)'}: expected another model's folder or hub id")
 
 
 def main(args: Args) -> None:
@@ -432,96 +329,86 @@ def main(args: Args) -> None:
     train = tokenize(rows, tokenizer, args)
     served = Served(args, len(tokenizer)) if args.teacher_url else None
     if needs_teacher(args) and not served:
-        check_teacher(args, tokenizer)
-    compared = (
-        served.check(tokenizer, stop_ids(args.model, tokenizer), train[0]["prompt_ids"]) if served else ""
-    )
+        check_teacher(args.model, args.teacher)
+    if served:
+        compared = served.check(tokenizer, stop_ids(args.model), train[0]["prompt_ids"])
     run = start_run(args, tokenizer, train, to_row)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
     own_steps = sum(on_policy(args, step) for step in range(1, steps + 1))
     run.say(
-        f"{args.objective}: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps "
-        f"of "
-        f"{args.prompts_per_step} prompts x {args.rollouts}, {own_steps} of them on-policy, on {run.world} x "
-        f"{run.device.type}"
+        f"{args.objective}: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps, "
+        f"{own_steps} of them on-policy, of {args.prompts_per_step} prompts x {args.rollouts} on "
+        f"{run.world} x {run.device.type}"
     )
-    if compared:
+    if served:
         run.say(compared)
     if args.dry_run:
         return run.say(f"student and teacher read: {tokenizer.decode(train[0]['prompt_ids'])}")
 
-    student = load_model(args.model, run, args.lora_rank)
-    teacher = served
+    student, teacher = load_model(args.model, run, args.lora_rank), served
     if served:
-        served.vocabulary = len(head_of(student).weight)  # a padded head may sample beyond the tokenizer
+        served.run, served.vocabulary = run, len(head_of(student).weight)  # its head may be padded
     elif needs_teacher(args):
         teacher = Teacher(args.teacher, 0.0, student, run)
-    early = served is not None or args.objective == "policy_gradient"
     sampler, sampling = make_sampler(run, student), Sampling(args.max_completion_tokens, args.temperature)
     eval_sampling = Sampling(args.max_completion_tokens, args.eval_temperature)
     done = run.start_training(steps, student, None)
-    fixed = fixed_outputs(run, train, steps, teacher) if args.lmbda < 1 else {}
     if not done:
         run.log(0, evaluate(run, sampler, student, 0, eval_sampling))
 
     for step in range(done + 1, steps + 1):
         own = on_policy(args, step)
-        asked = step_rows(train, step, args.prompts_per_step, args.rollouts if own else 1, args.seed)
-        each, questions = len(asked) // args.prompts_per_step, args.mini_batch or args.prompts_per_step
-        mine = run.share_blocks(range(len(asked)), each * questions)
+        each, questions = args.rollouts if own else 1, args.mini_batch or args.prompts_per_step
+        asked = step_rows(train, step, args.prompts_per_step, each, args.seed)
+        places = run.share(range(len(asked)), each * questions)
+        rows = [asked[place] for place in places]
 
         # 1. Answer: in a share lambda of the steps y ~ student(.|x), from the weights about to be updated;
-        #    in the others the fixed outputs.
+        #    in the others y is a fixed output.
         with run.timer("generate"):
+            prompts, keys = [row["prompt_ids"] for row in rows], [row["rollout_key"] for row in rows]
             if own:
-                prompts, keys = (
-                    [asked[j]["prompt_ids"] for j in mine],
-                    [asked[j]["rollout_key"] for j in mine],
-                )
                 answers = sampler(student, prompts, keys, (TRAIN_STREAM, step), sampling)
+            elif args.outputs == "teacher":  # the same y whenever a row is met
+                writer, keys = Sampler(run, teacher.model), [(row["id"], 0) for row in rows]
+                answers = writer(teacher.model, prompts, keys, (OUTPUT_STREAM,), sampling)
             else:
-                answers = [fixed[asked[j]["id"]] for j in mine]
+                words = [row["completion_ids"] for row in rows]
+                answers = [Rollout(ids, [0.0] * len(ids), True) for ids in words]
         samples = []
-        for j, y in zip(mine, answers, strict=True):
+        for place, row, y in zip(places, rows, answers, strict=True):
             if y.finished or not args.mask_truncated:
-                samples.append(Sample(j // each, asked[j]["prompt_ids"], y.ids, y.logps))
+                samples.append(Sample(place // each, row["prompt_ids"], y.ids, y.logps))
 
-        # 2. Ask: what a server says, or is a constant of the policy gradient, comes before any weight moves.
-        if early:
-            with run.timer("teacher"):
-                samples = consult(run, teacher, samples)
-
-        # 3. Learn, one optimiser step per mini-batch of prompts.
+        # 2. Learn, one optimiser step per mini-batch of prompts.
         lr, totals = learning_rate(step, args), Totals()
         for first in range(0, args.prompts_per_step, questions):
             batch = [s for s in samples if first <= s.q < first + questions]
 
-            # 3a. Count answers and tokens of all ranks before any backward: the only denominators.
+            # 2a. Count answers and tokens of all ranks before any backward: the only denominators.
             n = run.sum(sequences=len(batch), tokens=sum(len(s.y) for s in batch))
             if n["sequences"] == 0:  # true on every rank at once, so none is left waiting
                 continue
 
-            # 3b. Distil: both sides score the same y after the same x; the student has a gradient.
+            # 2b. Distil: both sides score the same y after the same x; the student has a gradient.
             for m, micro in enumerate(micro_batches(run, batch)):
                 pairs = [(s.prompt, s.y) for s in micro]
                 with run.timer("teacher"):
-                    target = joined([s.told for s in micro], run) if early else []
-                    if not early and args.objective == "divergence":
-                        target = teacher.targets(pairs)
+                    targets = [] if args.objective == "sft" else teacher.targets(pairs)
                 with run.timer("student"):
                     h_ND = completion_states(student, pairs)
-                    loss, stats, weight_N = gkd_loss(h_ND, head_of(student), target, micro, n, args)
+                    loss, stats, weight_N = gkd_loss(h_ND, head_of(student), targets, micro, n, args)
                     loss.backward()
                 fresh = own and first == 0 and args.temperature == 1
                 totals.add(loss, stats, weight_N, [p for s in micro for p in s.logps] if fresh else None)
                 if step == 1 and first == 0 and m == 0 and micro:
                     explain(run, {"student and teacher read": micro[0].prompt}, micro[0].y, stats)
 
-            # 3c. Step. Gradients add up over ranks; 3a has divided.
+            # 2c. Step. Gradients add up over ranks; 2a has divided.
             with run.timer("optim"):
                 totals.grad_norms.append(optimizer_step(run, lr))
 
-        # 4. Evaluate, report, save.
+        # 3. Evaluate, report, save.
         metrics = {**totals.metrics(run), **rollout_metrics(run, answers), "train/lr": lr}
         metrics["distill/on_policy"] = float(own)
         if step % args.eval_every == 0 or step == steps:
@@ -547,17 +434,25 @@ class Served:
             import openai
         except ImportError as error:
             raise InputError("--teacher-url needs the openai package: pip install openai") from error
-        self.args = args
-        self.vocabulary = vocabulary
+        self.args, self.vocabulary, self.url = args, vocabulary, args.teacher_url.rstrip("/")
         self.k = args.topk if (args.objective, args.support) == ("divergence", "teacher_topk") else 0
-        self.url = args.teacher_url.rstrip("/")
         key = os.environ.get("VLLM_API_KEY") or "none"
         self.client = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
         self.errors = (openai.OpenAIError, TimeoutError, ValueError, LookupError, TypeError)
         self.slots = asyncio.Semaphore(REQUESTS)
         self.loop = asyncio.new_event_loop()  # the client's connections belong to one loop
 
-    def targets(self, pairs: list) -> list:
+    def targets(self, pairs: list) -> TopK:
+        """What it says of all answers, end to end; a failure on one process ends the run on all."""
+        problem, told = "", [TopK(*[torch.zeros(0)] * 3)]
+        try:
+            told = self.ask(pairs) or told
+        except ConnectionError as error:
+            problem = f"{error}; rerun the same command with --resume"
+        self.run.agree(problem)
+        return TopK(*(torch.cat(parts).to(self.run.device) for parts in zip(*told, strict=True)))
+
+    def ask(self, pairs: list) -> list:
         """Score each (prompt, answer). The first request that fails for good cancels the others."""
 
         async def score_all() -> list:
@@ -583,21 +478,21 @@ class Served:
             return reply
         except self.errors as error:
             found = error.__cause__ or getattr(error, "body", reply) or ""
-            reason = f"{type(error).__name__}: {first_line(error)} {found}"[:300]
-            raise RunError(f"no usable answer from the teacher at {self.url}, {path}: {reason}") from error
+            reason = " ".join(f"{type(error).__name__}: {error} {found}".split())[:300]
+            text = f"no usable answer from the teacher at {self.url}, {path}: {reason}"
+            raise ConnectionError(text) from error
 
     async def score(self, prompt: list[int], answer: list[int]) -> TopK:
-        """One (prompt, answer). Any position of the answer that is not as requested is a RunError."""
-        ids = prompt + answer
-        keys = ("choices", 0, "prompt_logprobs")
+        """One (prompt, answer). Any position of the answer that is not as requested is a ConnectionError."""
+        ids, keys = prompt + answer, ("choices", 0, "prompt_logprobs")
         table = await self.request("/completions", *keys, prompt=ids, max_tokens=1, prompt_logprobs=self.k)
         wrong = f"wrong answer from the teacher at {self.url}, nothing was trained on it"
         count = len(table) if isinstance(table, list) else 0
         if count != len(ids):
-            raise RunError(f"{wrong}: {len(ids)} tokens were sent, {count} positions came back")
+            raise ConnectionError(f"{wrong}: {len(ids)} tokens were sent, {count} positions came back")
         tops, sent = [], []
-        try:
-            for at in range(len(prompt), len(ids)):
+        for at in range(len(prompt), len(ids)):
+            try:
                 top = read_logps(table[at], ids[at], self.vocabulary)
                 sent.append(top[ids[at]])
                 if len(top) == self.k + 1 and sent[-1] == min(top.values()):
@@ -605,42 +500,39 @@ class Served:
                 mass = sum(map(math.exp, top.values()))
                 if len(top) != self.k or mass > 1.001:
                     raise ValueError(f"has {len(top)} tokens of mass {mass:.3f}, not {self.k} of at most 1")
-                tops.append(top)
-        except ValueError as error:
-            raise RunError(f"{wrong}: position {at} {error}") from error
+            except ValueError as error:
+                raise ConnectionError(f"{wrong}: position {at} {error}") from error
+            tops.append(top)
         ids_NK = torch.tensor([list(top) for top in tops], dtype=torch.long)
         logps_NK = torch.tensor([list(top.values()) for top in tops])
         return TopK(ids_NK, logps_NK.clamp(max=0), torch.tensor(sent).clamp(max=0))
 
-    def check(self, tokenizer: Any, stop_ids: list[int], prompt: list[int]) -> str:
+    def check(self, tokenizer: Any, stops: list[int], prompt: list[int]) -> str:
         """Compare server and student before a model is loaded. Returns what could be compared."""
-        ask = self.loop.run_until_complete
-        name, ids = self.args.teacher, list(range(self.vocabulary))
+        fetch, name, ids = self.loop.run_until_complete, self.args.teacher, list(range(self.vocabulary))
         needed = self.args.max_prompt_tokens + self.args.max_completion_tokens + 1
         try:
-            cards = ask(self.request("/models", "data"))
+            cards = fetch(self.request("/models", "data"))
             longest = {card["id"]: card.get("max_model_len") or needed for card in cards}
             if longest.get(name, 0) < needed:
                 raise InputError(f"--teacher {name}: needs max_model_len {needed}; the server has {longest}")
             compared = f"{len(ids)} tokens compared"
             try:
                 url = self.url.removesuffix("/v1") + "/detokenize"
-                if ask(self.request(url, "prompt", tokens=ids)) != tokenizer.decode(ids):
+                if fetch(self.request(url, "prompt", tokens=ids)) != tokenizer.decode(ids):
                     raise InputError(f"--teacher {name} and --model {self.args.model} differ in vocabulary")
-            except RunError as error:
+            except ConnectionError as error:
                 compared = f"tokens not compared ({error})"
-            self.targets([(prompt, ids[-1:])])
-            for stop in stop_ids:  # does the server end an answer where it is forced to say this token?
+            self.ask([(prompt, ids[-1:])])
+            for stop in stops:  # does the server end an answer where it is forced to say this token?
                 forced = {"prompt": prompt, "max_tokens": 2, "logit_bias": {str(stop): 100}}
-                if ask(self.request("/completions", "choices", 0, "finish_reason", **forced)) != "stop":
-                    token = tokenizer.decode([stop])
-                    raise InputError(
-                        f"--teacher {name} does not end answers with {token!r}, the student does"
-                    )
-        except (RunError, LookupError, TypeError) as error:
+                if fetch(self.request("/completions", "choices", 0, "finish_reason", **forced)) != "stop":
+                    token = repr(tokenizer.decode([stop]))
+                    raise InputError(f"--teacher {name} does not end answers with {token}, the student does")
+        except (ConnectionError, LookupError, TypeError) as error:
             hint = f"is vLLM up, with --max-logprobs {max(self.k, 1)}?"
             raise InputError(f"--teacher-url {self.url}: {error}; {hint}") from error
-        return f"teacher {name} at {self.url}: {compared}, EOS {stop_ids} in common"
+        return f"teacher {name} at {self.url}: {compared}, EOS {stops} in common"
 
 
 def check_served(args: Any) -> None:

@@ -12,19 +12,21 @@ Run    python sdpo.py                                        # the laptop world:
        torchrun --nproc-per-node 4 sdpo.py --preset sciknoweval --data FILE --eval-data FILE
        python sdpo.py --policy-weight 1 --out runs/grpo-toy  # the baseline, GRPO
        torchrun --nproc-per-node 4 sdpo.py --preset ttt --data FILE --question 7  # one question, to solve
-Differs from the paper: an attempt is never its own solution (authors' code; Table 2 allows it), and the
-average is the code's: a mean over all attempts, those without hindsight counting as zero (--average token is
-the paper's). Eq. 3 mixes advantages, we mix the two losses. From the code: an over-long teacher prompt loses
-the end of the solution, not of the prompt; one ratio student/sampler stands for the code's two.
+Differs from the paper: an attempt is never its own solution (authors' code; Table 2 allows it). The average
+is the code's, a mean over all attempts in which those without hindsight count as zero (--average token: over
+all tokens, the paper's). Eq. 3 mixes advantages, we mix the losses. Solved is a reward of 0.5 (code; paper:
+--success 1). best/ is chosen on the test set, of which the paper reports the best value. From the code: an
+over-long teacher prompt loses the end of the solution, not of the prompt; one ratio student/sampler stands
+for the code's two; `math` takes a box anywhere, not in the last 100 characters alone; `code` stops at the
+first test that raises or times out, where theirs looks for an exception first.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
-import pickle
+import pickletools
 import re
 import zlib
 from dataclasses import dataclass, field, replace
@@ -36,7 +38,6 @@ import torch
 from torch import Tensor
 
 from common import (
-    SOLVED,
     TEACHER_STREAM,
     TRAIN_STREAM,
     Divergence,
@@ -84,11 +85,13 @@ MULTI_TURN = REPROMPT.replace("{feedback}", "\n{feedback}")  # of the baseline, 
 @dataclass
 class PaperArgs:
     preset: str = "toy"
-    """Named set of defaults: toy, sciknoweval, tooluse, lcb, ttt. Explicit flags override it."""
+    """Named set of defaults: toy, sciknoweval, grpo, tooluse, lcb, ttt. Explicit flags override it."""
 
     # The algorithm, in the paper's order and symbols.
     rollouts: int = 8
     """G, attempts per question. With 1 there are no others to learn from, only feedback."""
+    success: float = 0.5
+    """Reward from which an attempt counts as solved, for s_i, pass@n and --question (paper: 1; code: 0.5)."""
     hindsight: Literal["solution_or_feedback", "solution", "feedback", "both"] = "solution_or_feedback"
     """What the teacher reads: s_i, else f_i (authors' code); or one of them alone; or both (table 6)."""
     template: str = REPROMPT
@@ -216,6 +219,15 @@ PRESETS: dict[str, dict] = {
         verifier="choice",
         hindsight="solution",
     ),
+    # The paper's main GRPO: four optimiser steps a batch; 1e-5 with --mini-batch 0 is its on-policy form.
+    "grpo": dict(
+        data="hicai-zju/SciKnowEval:Chemistry@test#train",
+        eval_data=("hicai-zju/SciKnowEval:Chemistry@test#test",),
+        verifier="choice",
+        policy_weight=1.0,
+        lr=1e-6,
+        mini_batch=8,
+    ),
     "tooluse": dict(verifier="tool_use", hindsight="solution"),  # its feedback would leak the gold answer
     # Section 4, rich feedback. The authors' JSON lines: half of the private tests train, all evaluate.
     "lcb": dict(
@@ -256,7 +268,7 @@ class Mark(NamedTuple):
 
 
 class Sample(NamedTuple):
-    q: int  # the question's place in the batch
+    place: int  # of y in the batch
     prompt: list  # what the student reads
     context: list | None  # what the teacher reads; None without hindsight
     y: list  # what both score
@@ -265,37 +277,24 @@ class Sample(NamedTuple):
     advantage: float  # of y in its group, for GRPO
 
 
-SCIENCE_SYSTEM = """
-Given a question and four options, please select the right answer. Respond in the following format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>
-
-For the answer, only output the letter corresponding to the correct option (A, B, C, or D), \
-and nothing else. Do not restate the answer text. For example, if the answer is "A", just output:
-<answer>
-A
-</answer>
-"""
-
-
+SCIENCE_SYSTEM = (
+    "\nGiven a question and four options, please select the right answer. Respond in the following format:\n"
+    "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n\nFor the answer, only output the letter "
+    "corresponding to the correct option (A, B, C, or D), and nothing else. Do not restate the answer text. "
+    'For example, if the answer is "A", just output:\n<answer>\nA\n</answer>\n'
+)
 CODE_PROMPT = (
     "You are a coding expert. You will be given a coding problem, and you need to write a correct Python "
     "program that matches the specification and passes all tests. The time limit is 1 second. You may start "
     "by outlining your thought process. In the end, please provide the complete code in a code block "
     "enclosed with ``` ```.\n\n"
 )
-CODE_SIGNATURE = "\n\nYour solution should have the following signature: ```python\n{signature}\n```"
 
 
 def livecodebench_row(raw: dict, half: bool = False) -> dict | None:
-    """A raw LiveCodeBench row as {"prompt", "tests"}, with the SDPO authors' prompt.
+    """A raw LiveCodeBench row with prompt and tests; None outside the paper's window, February to April 2025.
 
-    None for contests outside the paper's window, February to April 2025. With `half` (training), half of the
-    private tests are kept: drawn at random, at least one. Without it (evaluation, test time) all are.
+    With `half` (training), half of the private tests are kept: drawn at random, at least one.
     """
     if not "2025-02-01" <= str(raw["contest_date"])[:10] < "2025-05-01":
         return None
@@ -307,41 +306,28 @@ def livecodebench_row(raw: dict, half: bool = False) -> dict | None:
     signature = re.search(r"def .*", raw.get("starter_code") or "")
     if signature:
         shown = signature[0].strip().replace("(self, ", "(")
-        prompt += CODE_SIGNATURE.replace("{signature}", shown)
+        prompt += f"\n\nYour solution should have the following signature: ```python\n{shown}\n```"
     cases = json.loads(raw["public_test_cases"]) + private
-    tests = {
-        "inputs": [case["input"] for case in cases],
-        "outputs": [case["output"] for case in cases],
-        "testtype": cases[0]["testtype"],
-        "fn_name": json.loads(raw.get("metadata") or "{}").get("func_name"),
-        "time_limit": 6,
-    }
-    return {"prompt": prompt, "tests": tests}
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Loads texts, numbers and lists only; a pickle that names a function or class is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"the private tests name {module}.{name}; expected one plain string")
+    tests = {"inputs": [case["input"] for case in cases], "outputs": [case["output"] for case in cases]}
+    function = json.loads(raw.get("metadata") or "{}").get("func_name")
+    tests |= {"testtype": cases[0]["testtype"], "fn_name": function, "time_limit": 6}
+    return {**raw, "prompt": prompt, "tests": tests}
 
 
 def private_tests(text: str) -> list[dict]:
-    """The private tests, from JSON or from base64 of zlib of a pickle of JSON."""
+    """The private tests: JSON, or base64 of zlib of a pickled JSON text; the pickle is never executed."""
     if not text.lstrip().startswith("["):
-        text = PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
+        data = zlib.decompress(base64.b64decode(text))
+        [text] = [value for _, value, _ in pickletools.genops(data) if isinstance(value, str)]
     return json.loads(text)
 
 
 def to_row(raw: dict, train: bool = False) -> dict | None:
     """A data set's columns as ours: prompt, and what the verifier reads. None: the paper leaves it out."""
-    row = dict(raw)
-    if "private_test_cases" in raw:
-        ours = livecodebench_row(raw, half=train)
-        if ours is None:
-            return None
-        row |= ours
-    elif "answerKey" in raw:  # SciKnowEval
+    row = livecodebench_row(raw, half=train) if "private_test_cases" in raw else dict(raw)
+    if row is None:
+        return None
+    if "answerKey" in raw:  # SciKnowEval
         if raw["details"]["level"] != "L3" or raw["type"] not in ("mcq-4-choices", "mcq-2-choices"):
             return None
         options = zip(raw["choices"]["label"], raw["choices"]["text"], strict=True)
@@ -351,39 +337,28 @@ def to_row(raw: dict, train: bool = False) -> dict | None:
     elif "golden_answer" in raw:  # ToolAlpaca
         row["answer"] = raw["golden_answer"]
     elif raw.get("system"):  # the authors' JSON lines
-        system = {"role": "system", "content": raw["system"]}
-        row["prompt"] = [system, {"role": "user", "content": raw["prompt"]}]
+        user = {"role": "user", "content": raw["prompt"]}
+        row["prompt"] = [{"role": "system", "content": raw["system"]}, user]
     row["prompt"] = as_messages(row["prompt"])
     return row
 
 
-def attempt(run: Any, sampler: Any, student: Any, asked: list, step: int) -> tuple[list, list]:
-    """y_1..y_G ~ student(.|x) for each question: this process's places in `asked`, and their rollouts."""
-    args = run.args
-    mine = run.share_blocks(range(len(asked)), args.rollouts * (args.mini_batch or args.prompts_per_step))
-    prompts, keys = [asked[j]["prompt_ids"] for j in mine], [asked[j]["rollout_key"] for j in mine]
-    with run.timer("generate"):
-        return mine, sampler(
-            student, prompts, keys, (TRAIN_STREAM, step), Sampling(args.max_completion_tokens)
-        )
-
-
-def grade_groups(run: Any, mine: list, attempts: list, asked: list) -> list:
+def grade_groups(run: Any, places: list, rows: list, attempts: list) -> list:
     """The marks of every group, on all processes; a row's own "feedback" where the verifier has none."""
-    marks = []
+    marks, G = [], run.args.rollouts
     with run.timer("verify"):
-        verdicts = run.grade([asked[j] for j in mine], attempts)
-        for j, y, (reward, feedback) in zip(mine, attempts, verdicts, strict=True):
-            if reward < SOLVED and not feedback:
-                feedback = asked[j].get("feedback", "")
-            marks.append((j, Mark(run.text(y), reward, feedback)))
+        verdicts = run.grade(rows, attempts)
+        for place, row, y, (reward, feedback) in zip(places, rows, attempts, verdicts, strict=True):
+            if reward < run.args.success and not feedback:
+                feedback = row.get("feedback", "")
+            marks.append((place, Mark(run.text(y), reward, feedback)))
         everyone = [mark for _, mark in sorted(run.gather(marks))]
-    return [everyone[i : i + run.args.rollouts] for i in range(0, len(everyone), run.args.rollouts)]
+    return [everyone[i : i + G] for i in range(0, len(everyone), G)]
 
 
 def hindsight(group: list, i: int, args: Args) -> tuple[str, str]:
     """(s_i, f_i) of attempt i: the first other success of its group, and its feedback; "" for none."""
-    others = [answer_of(mark.text) for j, mark in enumerate(group) if j != i and mark.reward >= SOLVED]
+    others = [answer_of(mark.text) for j, mark in enumerate(group) if j != i and mark.reward >= args.success]
     solution = others[0] if others and args.hindsight != "feedback" else ""
     feedback = group[i].feedback if args.hindsight != "solution" else ""
     if args.hindsight == "solution_or_feedback" and solution:
@@ -412,56 +387,34 @@ def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: A
     return None
 
 
-def look_back(
-    mine: list, attempts: list, asked: list, groups: list, tokenizer: Any, args: Args
-) -> tuple[list, int]:
-    """The attempts with what the teacher reads of each in hindsight; and how many contexts did not fit."""
-    samples, dropped = [], 0
-    for j, y in zip(mine, attempts, strict=True):
-        (q, i), row = divmod(j, args.rollouts), asked[j]
-        told = hindsight(groups[q], i, args)
-        context = teacher_ids(row, *told, tokenizer, args)
-        dropped += any(told) and context is None
-        mask = [y.finished or not args.mask_truncated] * len(y.ids)
-        rewards = [mark.reward for mark in groups[q]]
-        advantage = rewards[i] - sum(rewards) / len(rewards)  # Eq. 12, without the standard deviation
-        samples.append(Sample(q, row["prompt_ids"], context, y.ids, y.logps, mask, advantage))
-    return samples, dropped
-
-
 def sdpo_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args: Args) -> tuple:
     """Eq. 3 on a micro-batch: lambda GRPO + (1 - lambda) Eq. 1; and statistics, weights, sampler log-probs.
 
-    Both losses use the same hidden states; Eq. 1 covers the attempts with hindsight alone.
+    Both use the same hidden states and weights of tokens; Eq. 1 covers attempts with hindsight alone.
     """
-    told_N = torch.tensor(
-        [s.context is not None for s in micro for _ in s.y], dtype=torch.bool, device=h_ND.device
-    )
     y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=h_ND.device)
     logps_N = torch.tensor([p for s in micro for p in s.logps], device=h_ND.device)
-    mask_N = torch.tensor([float(m) for s in micro for m in s.mask], device=h_ND.device)
-    lengths = [max(sum(s.mask), 1) for s in micro for _ in s.y]
-    each_N = 1 / (torch.tensor(lengths, device=h_ND.device) * n["attempts"])
-    loss, stats, weight_N, drawn_N = 0.0, {}, None, None
-    if args.policy_weight:
-        weight_N, drawn_N = mask_N * (each_N if args.average == "sequence" else 1 / n["all_tokens"]), logps_N
+    each = [1 / n["tokens"]] * len(micro)
+    if args.average == "sequence":
+        each = [1 / (max(sum(s.mask), 1) * n["attempts"]) for s in micro]
+    weights = [m * share for s, share in zip(micro, each, strict=True) for m in s.mask]
+    weight_N, loss = torch.tensor(weights, device=h_ND.device), 0.0
+    if args.policy_weight:  # Eq. 13
         logp_N, entropy_N = token_logps(h_ND, head, y_N)
         advantage_N = torch.tensor([s.advantage for s in micro for _ in s.y], device=h_ND.device)
-        ratio_N = (logp_N - logps_N).exp()  # Eq. 13
-        gain_N = torch.minimum(
-            ratio_N * advantage_N, ratio_N.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage_N
-        )
-        loss = loss - args.policy_weight * (weight_N * gain_N).sum()
+        ratio_N = (logp_N - logps_N).exp()
+        clipped_N = ratio_N.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+        gain_N = torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
+        loss = -args.policy_weight * (weight_N * gain_N).sum()
         stats = {"logp": logp_N.detach(), "entropy": entropy_N, "ratio": ratio_N.detach()}
-    if args.policy_weight < 1:
-        weight_N = mask_N * (each_N if args.average == "sequence" else 1 / max(n["tokens"], 1))
-        weight_N, drawn_N = weight_N[told_N], logps_N[told_N]
-        scaled_N, behaviour_N = weight_N * (1 - args.policy_weight), drawn_N if args.is_cap else None
-        distilled, stats = distill_loss(
-            h_ND[told_N], head, targets, y_N[told_N], scaled_N, objective_of(args), behaviour_N
-        )
+    if args.policy_weight < 1:  # Eq. 1
+        told = [s.context is not None for s in micro for _ in s.y]
+        told_N = torch.tensor(told, dtype=torch.bool, device=h_ND.device)
+        h_ND, y_N, weight_N, logps_N = (x[told_N] for x in (h_ND, y_N, weight_N, logps_N))
+        scaled_N, behaviour_N = (1 - args.policy_weight) * weight_N, logps_N if args.is_cap else None
+        distilled, stats = distill_loss(h_ND, head, targets, y_N, scaled_N, objective_of(args), behaviour_N)
         loss = loss + distilled
-    return loss, stats, weight_N, drawn_N
+    return loss, stats, weight_N, logps_N
 
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # GRPO's clipping of the ratio student/sampler (section 3)
@@ -471,15 +424,13 @@ def objective_of(args: Args) -> Objective:
     return Objective(args.divergence, args.support, args.topk, is_cap=args.is_cap, clip=args.advantage_clip)
 
 
-def teacher_accuracy(run: Any, sampler: Any, samples: list, asked: list, mine: list, step: int) -> dict:
+def teacher_accuracy(run: Any, sampler: Any, samples: list, asked: list, step: int) -> dict:
     """The self-teacher answers an even choice of this batch's hindsight prompts: what hindsight knows."""
-    args = run.args
-    every = max(1, len(asked) // args.teacher_samples)
-    pairs = zip(mine, samples, strict=True)
-    chosen = [(j, s.context) for j, s in pairs if s.context is not None and s.mask[0] and j % every == 0]
-    rows, contexts = [asked[j] for j, _ in chosen], [context for _, context in chosen]
+    every = max(1, len(asked) // run.args.teacher_samples)
+    chosen = [s for s in samples if s.context is not None and s.mask[0] and s.place % every == 0]
+    rows, contexts = [asked[s.place] for s in chosen], [s.context for s in chosen]
     with run.timer("eval"):
-        keys, sampling = [row["rollout_key"] for row in rows], Sampling(args.max_completion_tokens)
+        keys, sampling = [row["rollout_key"] for row in rows], Sampling(run.args.max_completion_tokens)
         answers = sampler(run.teacher.model, contexts, keys, (TEACHER_STREAM, step), sampling)
         n = run.sum(reward=sum(reward for reward, _ in run.grade(rows, answers)), asked=len(rows))
     return {"teacher/accuracy": n["reward"] / n["asked"]} if n["asked"] else {}
@@ -487,36 +438,20 @@ def teacher_accuracy(run: Any, sampler: Any, samples: list, asked: list, mine: l
 
 def first_success(run: Any, group: list, step: int) -> dict:
     """Test time: attempts so far, and whether one of this group solves the question (solution.json)."""
-    solved = [i for i, mark in enumerate(group) if mark.reward >= SOLVED]
-    attempts = (step - 1) * run.args.rollouts + (solved[0] + 1 if solved else run.args.rollouts)
-    if solved and run.main:
-        solution = {"attempt": attempts, "text": group[solved[0]].text}
-        (run.out / "solution.json").write_text(json.dumps(solution, indent=1))
+    solved = [i for i, mark in enumerate(group) if mark.reward >= run.args.success]
+    attempts = (step - 1) * len(group) + (solved[0] + 1 if solved else len(group))
     if solved:
         run.say(f"solved by attempt {attempts}, see {run.out}/solution.json")
+        solution = {"attempt": attempts, "text": group[solved[0]].text}
+        if run.main:
+            (run.out / "solution.json").write_text(json.dumps(solution, indent=1))
     return {"search/attempts": attempts, "search/solved": float(bool(solved))}
-
-
-def search(run: Any, sampler: Any, student: Any, train: list, done: int) -> None:
-    """Section 5's baselines: best_of_k asks the initial model again, multi_turn shows it all feedback."""
-    args = run.args
-    history = run.state.setdefault("history", [])  # in every checkpoint
-    for step in range(done + 1, run.bar.total + 1):
-        asked = step_rows(train, step, 1, args.rollouts, args.seed)
-        if history:
-            template = MULTI_TURN if args.template == REPROMPT else args.template
-            ids = multi_turn_ids(asked[0], history, run.tokenizer, replace(args, template=template))
-            asked = [{**row, "prompt_ids": ids} for row in asked]
-        mine, attempts = attempt(run, sampler, student, asked, step)
-        [group] = grade_groups(run, mine, attempts, asked)
-        found = first_success(run, group, step)
-        history += [mark.feedback for mark in group if mark.feedback and args.search == "multi_turn"]
-        if run.end_step(step, found) or found["search/solved"]:
-            return
 
 
 def multi_turn_ids(row: dict, history: list, tokenizer: Any, args: Args) -> list:
     """The question and all feedback in the teacher's template; the oldest is dropped when it does not fit."""
+    if args.template == REPROMPT:
+        args = replace(args, template=MULTI_TURN)
     for first in range(len(history)):
         ids = teacher_ids(row, "", "\n\n".join(history[first:]), tokenizer, args)
         if ids:
@@ -528,14 +463,10 @@ def check(args: Args, vocabulary: int) -> None:
     """InputError for combinations of flags that cannot mean what they say."""
     objective_of(args).check(vocabulary)
     if args.rollouts < 2 and (args.hindsight == "solution" or args.policy_weight):
-        raise InputError(
-            f"--rollouts {args.rollouts}: a group of one has no other attempt to learn from and no mean to "
-            "beat; use 2 or more, or --hindsight feedback --policy-weight 0"
-        )
+        raise InputError("--rollouts 1: a group of one has no other attempt to learn from; use 2 or more")
     if args.mini_batch and args.prompts_per_step % args.mini_batch:
-        raise InputError(
-            f"--mini-batch {args.mini_batch} must divide --prompts-per-step {args.prompts_per_step}"
-        )
+        sizes = f"{args.mini_batch} must divide --prompts-per-step {args.prompts_per_step}"
+        raise InputError(f"--mini-batch {sizes}")
     if args.question and args.prompts_per_step != 1:
         raise InputError(f"--question {args.question} trains on one row; add --prompts-per-step 1")
     if args.search != "sdpo" and not args.question:
@@ -550,14 +481,13 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model)
     check(args, len(tokenizer))
     rows = load_rows(args.data, partial(to_row, train=not args.question))
-    if args.question:
-        if args.question not in [row["id"] for row in rows]:
-            raise InputError(
-                f"--question {args.question}: the rows of {args.data} are {rows[0]['id']} to {rows[-1]['id']}"
-            )
-        rows = [row for row in rows if row["id"] == args.question]
+    places = f"{rows[0]['id']} to {rows[-1]['id']}"
+    rows = [row for row in rows if args.question in (0, row["id"])]
+    if not rows:
+        raise InputError(f"--question {args.question}: the rows of {args.data} are {places}")
     train = tokenize(rows, tokenizer, args)
     run = start_run(args, tokenizer, train, to_row)
+    run.success = args.success
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
     run.say(
         f"sdpo: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps of "
@@ -573,46 +503,64 @@ def main(args: Args) -> None:
     student = load_model(args.model, run, args.lora_rank)
     distils = args.policy_weight < 1  # GRPO alone keeps no second model
     teacher = Teacher(args.teacher if distils else "live", args.ema_rate, student, run)
-    sampler = make_sampler(run, student)
+    sampler, sampling = make_sampler(run, student), Sampling(args.max_completion_tokens)
     eval_sampling = Sampling(args.max_completion_tokens, args.eval_temperature, args.eval_top_p)
     done = run.start_training(steps, student, teacher)
     if not done:
         run.log(0, evaluate(run, sampler, student, 0, eval_sampling))
-    if args.search != "sdpo":
-        return search(run, sampler, student, train, done)
 
+    history = run.state.setdefault("history", [])  # multi_turn: the feedback on all attempts so far
     silent = 0  # steps in a row without hindsight for any attempt
     shown = done > 0  # whether one sample was printed
     for step in range(done + 1, steps + 1):
         asked = step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed)
+        if history:
+            ids = multi_turn_ids(asked[0], history, tokenizer, args)
+            asked = [{**row, "prompt_ids": ids} for row in asked]
+        size = args.rollouts * (args.mini_batch or args.prompts_per_step)  # attempts of a mini-batch
+        places = run.share(range(len(asked)), size)
+        rows = [asked[place] for place in places]
 
         # 1. Attempt: y_1..y_G ~ student(.|x) for each question, from the weights about to be updated.
-        mine, attempts = attempt(run, sampler, student, asked, step)
+        with run.timer("generate"):
+            prompts, keys = [row["prompt_ids"] for row in rows], [row["rollout_key"] for row in rows]
+            attempts = sampler(student, prompts, keys, (TRAIN_STREAM, step), sampling)
 
         # 2. Grade: reward r_i and feedback f_i of each attempt. At test time the first success ends the run.
-        groups = grade_groups(run, mine, attempts, asked)
+        groups = grade_groups(run, places, rows, attempts)
         found = first_success(run, groups[0], step) if args.question else {}
         if found.get("search/solved"):
             run.log(step, found)
             break
+        if args.search != "sdpo":  # the baselines ask again, without training
+            history += [mark.feedback for mark in groups[0] if mark.feedback and args.search == "multi_turn"]
+            if run.end_step(step, found):
+                return
+            continue
 
         # 3. Look back: the teacher of y_i reads another success s_i and/or f_i; context None without either.
-        samples, dropped = look_back(mine, attempts, asked, groups, tokenizer, args)
+        samples, dropped = [], 0
+        for place, row, y in zip(places, rows, attempts, strict=True):
+            q, i = divmod(place, args.rollouts)
+            told = hindsight(groups[q], i, args)
+            context = teacher_ids(row, *told, tokenizer, args)
+            dropped += any(told) and context is None
+            mask = [y.finished or not args.mask_truncated] * len(y.ids)
+            rewards = [mark.reward for mark in groups[q]]
+            advantage = rewards[i] - sum(rewards) / len(rewards)  # Eq. 12, without the standard deviation
+            samples.append(Sample(place, row["prompt_ids"], context, y.ids, y.logps, mask, advantage))
 
         # 4. Learn, one optimiser step per mini-batch of questions.
         lr, totals = learning_rate(step, args), Totals()
-        questions = args.mini_batch or args.prompts_per_step
-        for first in range(0, args.prompts_per_step, questions):
-            batch = [s for s in samples if first <= s.q < first + questions]
+        for first in range(0, len(asked), size):
+            batch = [s for s in samples if first <= s.place < first + size]
             taught = [s for s in batch if (distils and s.context) or (args.policy_weight and s.advantage)]
             taught = [s for s in taught if any(s.mask)]
             if args.entropy_quantile:
                 taught = most_uncertain(run, student, taught, args.entropy_quantile)
 
             # 4a. Count attempts and tokens of all ranks before any backward: the only denominators.
-            tokens = sum(sum(s.mask) for s in taught if s.context)
-            sizes = {"taught": len(taught), "attempts": len(batch), "tokens": tokens}
-            n = run.sum(**sizes, all_tokens=sum(len(s.y) for s in batch))
+            n = run.sum(taught=len(taught), attempts=len(batch), tokens=sum(len(s.y) for s in batch))
             if n["taught"] == 0:  # true on every rank at once, so none is left waiting
                 continue
 
@@ -637,28 +585,25 @@ def main(args: Args) -> None:
             with run.timer("optim"):
                 totals.grad_norms.append(optimizer_step(run, lr))
 
-        # 5. The teacher follows, once per batch of rollouts: teacher <- (1 - rate) teacher + rate student.
-        teacher.update()
+        # 5. The teacher follows, once per batch of rollouts, unless every gradient was skipped.
+        if any(map(math.isfinite, totals.grad_norms or [0.0])):
+            teacher.update()  # teacher <- (1 - rate) teacher + rate student
 
         # 6. Evaluate, report, save.
         metrics = {**totals.metrics(run), **rollout_metrics(run, attempts), **found, "train/lr": lr}
-        active = [s.context is not None and any(s.mask) for s in samples]
-        n = run.sum(attempts=len(samples), active=sum(active), dropped=dropped)
-        metrics |= {
-            "distill/active_frac": n["active"] / n["attempts"],
-            "teacher/dropped_prompts": n["dropped"],
-        }
+        active = sum(s.context is not None and any(s.mask) for s in samples)
+        n = run.sum(active=active, dropped=dropped)
         rewards = [mark.reward for group in groups for mark in group]
-        metrics |= {"rollout/reward": sum(rewards) / len(rewards), "teacher/distance": teacher.distance()}
+        metrics["rollout/reward"] = sum(rewards) / len(rewards)
+        metrics["distill/active_frac"] = n["active"] / len(asked)
+        metrics["teacher/dropped_prompts"] = n["dropped"]
+        metrics["teacher/distance"] = teacher.distance()
         silent = 0 if n["active"] or args.policy_weight else silent + 1
         if silent == 10:
-            run.say(
-                "warning: ten steps without any hindsight; use easier questions, more --rollouts, or a "
-                "verifier with feedback"
-            )
+            run.say("warning: ten steps without any hindsight; use easier questions, or more --rollouts")
         evaluates = step % args.eval_every == 0 or step == steps
         if args.teacher_samples and distils and args.teacher != "trust_region" and (step == 1 or evaluates):
-            metrics |= teacher_accuracy(run, sampler, samples, asked, mine, step)
+            metrics |= teacher_accuracy(run, sampler, samples, asked, step)
         if evaluates:
             metrics |= evaluate(run, sampler, student, step, eval_sampling)
         if run.end_step(step, metrics):

@@ -13,13 +13,14 @@ Run    python srt.py && python sdzero.py     # the laptop world, both phases: CP
 Differs from the paper: D is half forward and half reverse KL on the reviser's 64 likeliest tokens, as in the
 authors' code (Eq. 4 is the reverse KL: --divergence reverse_kl --support full). From the authors' code: the
 first copy of y stands without its EOS, as in phase 1; an answer too long to be read twice is left out and
-counted, not cut; questions of phase 1 are not asked again.
+counted, not cut; questions of phase 1 are not asked again; the rate warms up from 1/20 of its peak, not 1/10.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -75,7 +76,7 @@ class PaperArgs:
     phrases: Literal["srt.json", "paper", "qwen", "olmo"] = "srt.json"
     """P_r: what srt.py wrote beside --model; another set is for a model that was not trained to revise."""
     questions: int = 0
-    """N2: train on this many of the rows that srt.py did not use (paper: 9000); 0 is all of them."""
+    """N2: train on this many of the rows that srt.py did not use, drawn by --seed (paper: 9000); 0 is all."""
     divergence: Divergence = "mixed"
     """D a token: forward_kl = KL(teacher||student), reverse_kl = KL(student||teacher), jsd, mixed: both."""
     support: Support = "teacher_topk"
@@ -109,7 +110,9 @@ class PaperArgs:
     rollouts: int = 1
     """Answers per question."""
     max_completion_tokens: int = 16384
-    """Longest answer, in training and evaluation."""
+    """Longest answer."""
+    eval_max_tokens: int = 0
+    """Longest answer in evaluation (paper: 32K); 0 is --max-completion-tokens."""
     temperature: float = 0.7
     """Sampling temperature of the answers to learn from; 0 is greedy."""
     mask_truncated: bool = False
@@ -180,12 +183,14 @@ PRESETS: dict[str, dict] = {
         data="open-r1/OpenR1-Math-220k:default@train",
         verifier="math",
         questions=9000,
+        eval_max_tokens=32768,
     ),
     "code": dict(
         model="runs/srt-code/last",
         data="open-r1/codeforces-cots:solutions_py@train",
         verifier="code",
         questions=9000,
+        eval_max_tokens=32768,
     ),
 }
 
@@ -202,8 +207,8 @@ SYSTEM = "You are a helpful assistant that solves {} problems step by step."
 
 
 def competition_row(raw: dict) -> dict:
-    """OpenR1-Math, DeepScaleR and codeforces-cots as the authors ask them, with what the verifier reads."""
-    row = dict(raw)
+    """OpenR1-Math, DeepScaleR and codeforces-cots as the authors ask and judge them."""
+    row = {**raw, "answer_from": "text", "block": "last"}
     if "input_format" in raw:  # codeforces-cots
         system = {"role": "system", "content": SYSTEM.format("coding")}
         row["prompt"] = [system, {"role": "user", "content": raw["prompt"]}]
@@ -275,7 +280,9 @@ def main(args: Args) -> None:
     rows = load_rows(args.data, competition_row)
     fresh = fresh_questions(rows, reviser, args)
     fitting = tokenize(fresh, tokenizer, args)
-    train = fitting[: args.questions or None]
+    train = fitting
+    if 0 < args.questions < len(fitting):
+        train = random.Random(args.seed).sample(fitting, args.questions)
     run = start_run(args, tokenizer, train, competition_row)
     run.files["srt.json"] = json.dumps(reviser._asdict(), indent=1)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
@@ -295,14 +302,15 @@ def main(args: Args) -> None:
     sampler = make_sampler(run, student)
     train_sampling = Sampling(args.max_completion_tokens, args.temperature)
     untempered = args.temperature == 1  # then sampler and loss mean the same distribution
-    eval_sampling = Sampling(args.max_completion_tokens, args.eval_temperature, args.eval_top_p)
+    eval_tokens = args.eval_max_tokens or args.max_completion_tokens
+    eval_sampling = Sampling(eval_tokens, args.eval_temperature, args.eval_top_p)
     done = run.start_training(steps, student, teacher)
     if not done:
         measured = evaluate(run, sampler, student, 0, eval_sampling)
         run.log(0, measured | revise(run, sampler, student, eval_sampling, reviser))
 
     for step in range(done + 1, steps + 1):
-        rows = run.share_blocks(step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed))
+        rows = run.share(step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed))
 
         # 1. Answer: y ~ student(.|x), from the weights about to be updated.
         with run.timer("generate"):

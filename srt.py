@@ -12,9 +12,11 @@ Data   JSON lines with "prompt" and what the verifier reads, usually "answer". O
 Run    python srt.py && python sdzero.py     # the laptop world, both phases: CPU, no download, minutes
        torchrun --nproc-per-node 8 srt.py --preset math --collect-only  # with --resume instead: trains on it
        python srt.py --method rft --out runs/rft-toy    # the baseline: trained on its own right answers
-Writes best/ and last/ with srt.json (phrases, chat arguments and questions used), which sdzero.py reads.
-Differs from the authors' code: one joint loss, as in the paper (--loss sequential: their two runs); right
-attempts are revised too (paper; --no-revise-right: theirs); y0 and P_r always stand in the assistant's turn.
+Writes best/ and last/ with srt.json (phrases, chat arguments, questions used), which sdzero.py reads.
+Differs from the paper: 10K of all OpenR1-Math rows, proofs included, stand for its 15K competition problems;
+warm-up, batch and weight decay, which it does not print, are the code's. From the authors' code: one joint
+loss (paper; --preset math-sequential: their two runs); right attempts are revised too (paper); y0 and P_r
+always stand in the assistant's turn; no nucleus, no stop string "Question:"; no cut-off revision is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import json
 import math
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +41,6 @@ from common import (
     Json,
     Reviser,
     Rollout,
-    Run,
     RunArgs,
     Sampling,
     append_jsonl,
@@ -72,7 +73,7 @@ from common import (
 @dataclass
 class PaperArgs:
     preset: str = "toy"
-    """Named set of defaults: toy, math, code. Explicit flags override it."""
+    """Named set of defaults: toy, math, math-sequential, code. Explicit flags override it."""
 
     # The algorithm, in the paper's order and symbols.
     method: Literal["srt", "rft"] = "srt"
@@ -90,7 +91,7 @@ class PaperArgs:
     revise_right: bool = True
     """Revise right attempts as well (paper). --no-revise-right: only wrong ones (authors' code)."""
     keep: Literal["verified", "all"] = "verified"
-    """Revisions to train on: those that verify, or all of them (the paper's ablation)."""
+    """Revisions to train on: those that verify, or all that ended by themselves (the paper's ablation)."""
     loss: Literal["joint", "generation", "revision", "sequential"] = "joint"
     """joint = both terms (Eq. 3), one of them, or sequential = the authors' code: the generation loss on
     revisions of wrong attempts, then the revision loss on --stage-two others, each for all epochs."""
@@ -123,7 +124,9 @@ class PaperArgs:
     collect_batch: int = 64
     """Questions collected at once, over all processes; finished batches survive a kill."""
     max_completion_tokens: int = 16384
-    """Longest y0 and longest y1, in collection and evaluation."""
+    """Longest y0 and longest y1."""
+    eval_max_tokens: int = 0
+    """Longest answer in evaluation (paper: 32K); 0 is --max-completion-tokens."""
     temperature: float = 0.7
     """Sampling temperature of y0 and y1; 0 is greedy."""
 
@@ -138,8 +141,8 @@ class PaperArgs:
     """Peak AdamW learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After warm-up: cosine to zero, or constant."""
-    warmup: int = 150
-    """Steps of linear warm-up."""
+    warmup: float = 0.05
+    """Linear warm-up: a share of each stage's steps, or from 1 on a number of steps."""
     weight_decay: float = 1e-4
     """AdamW weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -164,7 +167,7 @@ class Args(RunArgs, PaperArgs):
 
 
 # Appendix C, tables 3-6. It prints no batch size, warm-up, weight decay or evaluation temperature: 4, 0.05 of
-# the steps (150 of 3000), 1e-4 and betas 0.9, 0.95 are the authors' code's; evaluation samples as training.
+# the steps, 1e-4 and betas 0.9, 0.95 are those of the authors' code; evaluation samples as training does.
 PRESETS: dict[str, dict] = {
     # Chosen on seed 0 of the laptop world. Its corpus knows the phrases of the authors' code. Half of its
     # y0, P_r, y1 is P_r, so a joint loss mostly learns to say P_r.
@@ -197,11 +200,32 @@ PRESETS: dict[str, dict] = {
     # 15K competition problems: 10K here, the others in phase 2. The paper evaluates on AIME, HMMT and others:
     # give --eval-data.
     "math": dict(
-        data="open-r1/OpenR1-Math-220k:default@train", verifier="math", questions=10000, target=6000
+        data="open-r1/OpenR1-Math-220k:default@train",
+        verifier="math",
+        questions=10000,
+        target=6000,
+        eval_max_tokens=32768,
+    ),
+    # The authors' code: two runs of three epochs each, on revisions of wrong attempts first.
+    "math-sequential": dict(
+        data="open-r1/OpenR1-Math-220k:default@train",
+        verifier="math",
+        target=6000,
+        attempts=3,
+        phrases="qwen",
+        revise_right=False,
+        loss="sequential",
+        epochs=3.0,
+        temperature=1.0,
+        eval_max_tokens=32768,
     ),
     # The paper has 7.5K C++ and 7.5K Python problems; the verifier runs Python, on the statement's examples.
     "code": dict(
-        data="open-r1/codeforces-cots:solutions_py@train", verifier="code", questions=10000, target=6000
+        data="open-r1/codeforces-cots:solutions_py@train",
+        verifier="code",
+        questions=10000,
+        target=6000,
+        eval_max_tokens=32768,
     ),
 }
 
@@ -216,8 +240,8 @@ SYSTEM = "You are a helpful assistant that solves {} problems step by step."
 
 
 def competition_row(raw: dict) -> dict:
-    """OpenR1-Math, DeepScaleR and codeforces-cots as the authors ask them, with what the verifier reads."""
-    row = dict(raw)
+    """OpenR1-Math, DeepScaleR and codeforces-cots as the authors ask and judge them."""
+    row = {**raw, "answer_from": "text", "block": "last"}
     if "input_format" in raw:  # codeforces-cots
         system = {"role": "system", "content": SYSTEM.format("coding")}
         row["prompt"] = [system, {"role": "user", "content": raw["prompt"]}]
@@ -231,7 +255,7 @@ def competition_row(raw: dict) -> dict:
     return row
 
 
-def collect(run: Run, sampler: Any, student: Any, asked: list, reviser: Reviser) -> bool:
+def collect(run: Any, sampler: Any, student: Any, asked: list, reviser: Reviser) -> bool:
     """Section 3.1, phase 1: revisions.jsonl, a line for each revision (rft: attempt), kept or not.
 
     Every batch is a file of its own: a killed collection repeats at most one. False after SIGTERM or Ctrl-C.
@@ -260,18 +284,18 @@ def collect(run: Run, sampler: Any, student: Any, asked: list, reviser: Reviser)
     return True
 
 
-def write_whole(run: Run, file: Path, records: list) -> None:
+def write_whole(run: Any, file: Path, records: list) -> None:
     """Writes the file aside and renames it: it is there with all its lines, or not at all."""
+    aside = file.with_suffix(".aside")
     with run.writing(str(file)):
         if run.main:
-            aside = file.with_suffix(".aside")
             aside.parent.mkdir(exist_ok=True)
             aside.unlink(missing_ok=True)
             append_jsonl(aside, records)
             aside.rename(file)
 
 
-def attempts_and_revisions(run: Run, sampler: Any, student: Any, rows: list, reviser: Reviser) -> list:
+def attempts_and_revisions(run: Any, sampler: Any, student: Any, rows: list, reviser: Reviser) -> list:
     """y0 ~ student(.|x), r, P_r, y1 ~ student(.|x, y0, P_r), r(y1), as records; each row is one attempt."""
     args, sampling = run.args, Sampling(run.args.max_completion_tokens, run.args.temperature)
     with run.timer("generate"):
@@ -280,18 +304,14 @@ def attempts_and_revisions(run: Run, sampler: Any, student: Any, rows: list, rev
     records, revised, contexts, keys = [], [], [], []
     for row, y, (reward, _) in zip(rows, firsts, run.grade(rows, firsts), strict=True):
         record = {name: row[name] for name in ("id", "where", "prompt_ids")}
-        record |= {
-            "question": question_key(row["prompt"]),
-            "attempt": row["rollout_key"][1],
-            "reviser": reviser._asdict(),
-        }
+        record |= {"question": question_key(row["prompt"]), "attempt": row["rollout_key"][1]}
         record |= {"y0": run.text(y), "y0_ids": y.ids, "y0_finished": y.finished, "y0_reward": reward}
-        record |= {"revision": -1, "phrase_ids": [], "y1": "", "y1_ids": [], "y1_finished": True}
-        record["y1_reward"] = 0.0
+        record |= {"reviser": reviser._asdict(), "revision": -1, "phrase_ids": [], "y1": "", "y1_ids": []}
         if args.method == "rft" or (reward >= SOLVED and not args.revise_right):
             records.append(record)
             continue
-        clean, phrase = cleaned(run, y, False), reviser.phrase_ids(run.tokenizer, reward >= SOLVED)
+        clean = with_text(run, y, trim_repeats(run.text(y)))
+        phrase = reviser.phrase_ids(run.tokenizer, reward >= SOLVED)
         record |= {"y0": run.text(clean), "y0_ids": clean.without_eos(), "phrase_ids": phrase}
         for j in range(args.revisions):
             records.append({**record, "revision": j})
@@ -300,22 +320,17 @@ def attempts_and_revisions(run: Run, sampler: Any, student: Any, rows: list, rev
             keys.append((row["id"], record["attempt"] * args.revisions + j))
     with run.timer("generate"):
         seconds = sampler(student, contexts, keys, (TRAIN_STREAM, 1), sampling)
-    seconds = [cleaned(run, y, True) for y in seconds]
+    seconds = [with_text(run, y, strip_opening(trim_repeats(run.text(y)))) for y in seconds]
     verdicts = run.grade([row for row, _ in revised], seconds)
     for (_, record), y, (reward, _) in zip(revised, seconds, verdicts, strict=True):
         record |= {"y1": run.text(y), "y1_ids": y.ids, "y1_finished": y.finished, "y1_reward": reward}
     return records
 
 
-def cleaned(run: Run, y: Rollout, opening: bool) -> Rollout:
-    """The answer without repetitions at its end and, with `opening`, without a polite beginning.
-
-    Its tokens stay the sampled ones unless the text had to change. What then fails to verify is not kept.
-    """
-    text = run.text(y)
-    new = strip_opening(trim_repeats(text)) if opening else trim_repeats(text)
-    ids, end = run.tokenizer(new, add_special_tokens=False)["input_ids"], y.ids[len(y.without_eos()) :]
-    return y if new == text else y._replace(ids=ids + end)
+def with_text(run: Any, y: Rollout, text: str) -> Rollout:
+    """The answer with a cleaned text; where nothing had to be cleaned its tokens stay the sampled ones."""
+    words, end = run.tokenizer(text, add_special_tokens=False)["input_ids"], y.ids[len(y.without_eos()) :]
+    return y if text == run.text(y) else y._replace(ids=words + end)
 
 
 def trim_repeats(text: str) -> str:
@@ -359,37 +374,28 @@ def read_revisions(source: Path, reviser: Reviser, tokenizer: Any) -> list:
     return records
 
 
-def report(run: Run, records: list) -> dict:
-    """What the collection gave: accuracy of y0, of y1 after wrong and after right ones, and what was kept."""
+def report(run: Any, records: list) -> dict:
+    """What was kept, why the rest was not, and how many attempts and revisions it took."""
     reasons = collections.Counter(record["dropped"] for record in records)
     kept = reasons.pop("", 0)
     run.say(f"kept {kept} of {len(records)}" + "".join(f", {n} {why}" for why, n in sorted(reasons.items())))
-    firsts = list({(r["where"], r["attempt"]): r for r in records}.values())
-    revisions = [r for r in records if r["revision"] >= 0]
-    metrics = {"collect/questions": len({r["where"] for r in records}), "collect/kept": kept}
-    metrics["collect/rollouts"] = len(firsts) + len(revisions)
-    metrics["collect/first"] = sum(r["y0_reward"] >= SOLVED for r in firsts) / max(len(firsts), 1)
-    for verdict, solved in (("wrong", False), ("right", True)):
-        verified = [r["y1_reward"] >= SOLVED for r in revisions if (r["y0_reward"] >= SOLVED) == solved]
-        if revisions:
-            metrics[f"collect/{verdict}_to_right"] = sum(verified) / max(len(verified), 1)
-    return metrics
+    drawn = len({(r["where"], r["attempt"]) for r in records}) + sum(r["revision"] >= 0 for r in records)
+    questions = len({r["where"] for r in records})
+    return {"collect/questions": questions, "collect/rollouts": drawn, "collect/kept": kept}
 
 
 def stages(kept: list, args: Args) -> list:
     """(steps before it, its steps, loss, records) of each run over the data: one, or the authors' two."""
-    plan = [(args.loss if args.method == "srt" else "generation", kept)]
+    plan, found, before = [(args.loss if args.method == "srt" else "generation", kept)], [], 0
     if plan[0][0] == "sequential":
         wrong = [r for r in kept if r["y0_reward"] < SOLVED]
         right = [r for r in kept if r["y0_reward"] >= SOLVED]
         taken = max(args.stage_two - len(right), 0)  # revisions of wrong attempts in the second stage
         plan = [("generation", wrong[taken:]), ("revision", (right + wrong)[: args.stage_two])]
-    found, before = [], 0
     for loss, records in plan:
-        if records:
-            length = args.steps or math.ceil(args.epochs * len(records) / args.prompts_per_step)
-            found.append((before, length, loss, records))
-            before += length
+        length = args.steps or math.ceil(args.epochs * len(records) / args.prompts_per_step)
+        found += [(before, length, loss, records)] if records else []
+        before += length if records else 0
     return found
 
 
@@ -401,9 +407,8 @@ def srt_loss(h_ND: Tensor, head: Any, micro: list, n: dict, loss: str) -> tuple:
     y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=h_ND.device)
     revised = [t >= len(s.y) - s.revision for s in micro for t in range(len(s.y))]
     revised_N = torch.tensor(revised, dtype=torch.float32, device=h_ND.device)
-    weight_N = (loss != "revision") / n["generation"] + (loss != "generation") / max(
-        n["revision"], 1
-    ) * revised_N
+    generation = (loss != "revision") / n["generation"]
+    weight_N = generation + (loss != "generation") / max(n["revision"], 1) * revised_N
     logp_N, entropy_N = token_logps(h_ND, head, y_N)
     stats = {"logp": logp_N.detach(), "entropy": entropy_N, "revision_logp": revised_N * logp_N.detach()}
     return -(weight_N * logp_N).sum(), stats
@@ -449,8 +454,9 @@ def main(args: Args) -> None:
 
     # 2. Train on what was kept: one run over it, or two.
     plan = stages(kept, args)
-    steps = plan[-1][0] + plan[-1][1]
-    eval_sampling = Sampling(args.max_completion_tokens, args.eval_temperature, args.eval_top_p)
+    steps = sum(length for _, length, _, _ in plan)
+    eval_tokens = args.eval_max_tokens or args.max_completion_tokens
+    eval_sampling = Sampling(eval_tokens, args.eval_temperature, args.eval_top_p)
     done = run.start_training(steps, student, None)
     if not done:
         measured = evaluate(run, sampler, student, 0, eval_sampling)
@@ -481,7 +487,8 @@ def main(args: Args) -> None:
                 explain(run, {"student reads": micro[0].prompt}, micro[0].y, stats)
 
         # 2c. Step. Gradients add up over ranks; 2a has divided.
-        lr = learning_rate(step - before, args, length if args.schedule == "cosine" else 0)
+        warm = replace(args, warmup=args.warmup if args.warmup >= 1 else args.warmup * length)
+        lr = learning_rate(step - before, warm, length if args.schedule == "cosine" else 0)
         with run.timer("optim"):
             grad_norm = optimizer_step(run, lr)
 

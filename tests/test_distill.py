@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toy
-from conftest import launch, make_model, run_here
+from conftest import flags_of, launch, make_model, run_here
 
 import common
 import distill
@@ -25,7 +25,6 @@ from common import (
     head_of,
     load_model,
     parse_args,
-    read_jsonl,
     tokenize,
 )
 from distill import PRESETS, Args, Sample, gkd_loss, on_policy, to_row, training_rows
@@ -126,18 +125,26 @@ def test_steps_take_the_students_answers_or_the_fixed_ones(tiny, tmp_path, monke
         at += 16 if step else 8
 
 
-def test_the_teachers_outputs_are_drawn_once_from_a_stream_of_their_own(tiny, tmp_path, monkeypatch):
-    """Later epochs and a resumed run read the file; each row is answered by the teacher, not the student."""
-    asked, sample = [], Sampler.__call__
+def test_the_teachers_outputs_come_from_a_stream_of_their_own(tiny, tmp_path, monkeypatch):
+    """At every step, in later epochs and after a resume, a row has the one answer that the teacher gave it."""
+    seen, written, sample, loss = [], [], Sampler.__call__, distill.gkd_loss
 
     def watched(self, model, prompts, keys, stream, how):
-        asked.append((stream[0], len(prompts)))
-        return sample(self, model, prompts, keys, stream, how)
+        drawn = sample(self, model, prompts, keys, stream, how)
+        if stream[0] == distill.OUTPUT_STREAM:
+            written.extend((row, tuple(y.ids)) for (row, _), y in zip(keys, drawn, strict=True))
+        return drawn
+
+    def watched_loss(h, head, targets, micro, *rest):
+        seen.extend((tuple(s.prompt), tuple(s.y)) for s in micro)
+        return loss(h, head, targets, micro, *rest)
 
     monkeypatch.setattr(Sampler, "__call__", watched)
+    monkeypatch.setattr(distill, "gkd_loss", watched_loss)
     flags = "--lmbda 0 --outputs teacher --steps 6 --save-every 2 --eval-every 99 --sample-batch 5"
     whole = run_here("distill", tmp_path / "whole", tiny, flags)
-    assert sum(n for stream, n in asked if stream == distill.OUTPUT_STREAM) == 24
+    assert len(written) == len(seen) == 48 and len(set(written)) == len({row for row, _ in written}) == 24
+    assert sorted(y for _, y in written) == sorted(y for _, y in seen)
     log = Run.log
 
     def die(self, step, metrics):
@@ -149,26 +156,30 @@ def test_the_teachers_outputs_are_drawn_once_from_a_stream_of_their_own(tiny, tm
         patch.setattr(Run, "log", die)
         with pytest.raises(MemoryError):
             run_here("distill", tmp_path / "cut", tiny, flags)
-    asked.clear()
     resumed = run_here("distill", tmp_path / "cut", tiny, flags + " --resume")
-    assert not [s for s, _ in asked if s == distill.OUTPUT_STREAM]
-    for a, b in zip(whole, resumed, strict=True):
-        assert a.get("train/loss") == b.get("train/loss")
-    kept = {o["row"]: o for o in read_jsonl(tmp_path / "whole" / "outputs" / "0.jsonl")}
-    assert len(kept) == 24
+    assert [r.get("train/loss") for r in whole] == [r.get("train/loss") for r in resumed]
     run = Run(SimpleNamespace(**STUB), toy.make_tokenizer())
     teacher = load_model(str(tiny.teacher), run)
     prompt = json.loads(tiny.data.read_text().splitlines()[6])["prompt"]
     ids = run.tokenizer(f"<|user|>{prompt}<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
     [y] = Sampler(run, teacher)(teacher, [ids], [(7, 0)], (distill.OUTPUT_STREAM,), Sampling(30))
-    assert kept[7]["ids"] == y.ids and kept[7]["finished"] == y.finished
+    assert dict(written)[7] == tuple(y.ids)
 
 
-def test_outputs_of_another_run_are_not_taken(tiny, tmp_path):
-    flags = "--lmbda 0 --outputs teacher --steps 2"
-    run_here("distill", tmp_path / "r", tiny, flags)
-    with pytest.raises(InputError, match="already holds a run"):
-        run_here("distill", tmp_path / "r", tiny, flags + " --temperature 0.5")
+def test_the_teacher_stops_where_it_stops(tiny, tmp_path, monkeypatch):
+    """Its outputs end with its own stop tokens, of which the student may know one only."""
+    other = make_model(tmp_path / "other", seed=6)
+    config = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [5, 30]}))
+    stops, sample = {}, Sampler.__call__
+
+    def watched(self, model, prompts, keys, stream, how):
+        stops[stream[0]] = self.eos.tolist()
+        return sample(self, model, prompts, keys, stream, how)
+
+    monkeypatch.setattr(Sampler, "__call__", watched)
+    run_here("distill", tmp_path / "r", tiny, f"--teacher {other} --lmbda 0 --outputs teacher --steps 1")
+    assert set(stops[distill.OUTPUT_STREAM]) > set(stops[common.EVAL_STREAM])
 
 
 def test_answers_cut_off_are_kept_or_left_out(tiny, tmp_path):
@@ -198,10 +209,6 @@ def loss_of(world, **flags):
     args, samples = Args(**flags), world.samples
     pairs = [(s.prompt, s.y) for s in samples]
     target = world.teacher.targets(pairs)
-    if args.objective == "policy_gradient":
-        told = {tuple(s.y): s for s in distill.consult(world.run, world.teacher, samples)}
-        samples = [told[tuple(s.y)] for s in samples]
-        target = distill.joined([s.told for s in samples], world.run)
     h_ND = completion_states(world.student, pairs)
     loss, stats, _ = gkd_loss(
         h_ND, head_of(world.student), target, samples, {"sequences": 2, "tokens": 8}, args
@@ -292,18 +299,20 @@ def test_the_teacher_is_asked_about_the_sampled_tokens(tiny, tmp_path, monkeypat
     """Sampler and teacher meet in the loop: recomputed from what the loss is given."""
     seen, loss = [], distill.gkd_loss
 
-    def watched(h, head, target, micro, *rest):
-        seen.extend(micro)
-        return loss(h, head, target, micro, *rest)
+    def watched(h, head, targets, micro, *rest):
+        found = loss(h, head, targets, micro, *rest)
+        parts = found[1]["teacher_logp"].split([len(s.y) for s in micro])
+        seen.extend(zip(micro, parts, strict=True))
+        return found
 
     monkeypatch.setattr(distill, "gkd_loss", watched)
     run_here("distill", tmp_path / "r", tiny, "--objective policy_gradient --steps 1")
     run = Run(SimpleNamespace(**STUB))
     student, teacher = load_model(str(tiny.model), run), load_model(str(tiny.teacher), run)
     assert len(seen) == 8
-    for s in seen:
+    for s, told in seen:
         assert s.logps == pytest.approx(of_y(logps(student, s), s).tolist(), abs=1e-4)
-        assert s.told.logp_N.tolist() == pytest.approx(of_y(logps(teacher, s), s).tolist(), abs=1e-4)
+        assert told.tolist() == pytest.approx(of_y(logps(teacher, s), s).tolist(), abs=1e-4)
 
 
 def test_one_buffer_serves_several_optimiser_steps(tiny, tmp_path, monkeypatch):
@@ -396,17 +405,56 @@ def test_dry_run_shows_what_both_read(tiny, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_sides_without_a_common_end_are_refused(tiny, tmp_path):
-    """EOS ids of tokenizer, config and generation_config together: one in common is enough (faults of a base student)."""
-    other = make_model(tmp_path / "other", seed=6)
-    config = json.loads((other / "generation_config.json").read_text())
-    (other / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [5, 0]}))
+def test_sides_without_a_common_end_are_refused(tiny, tmp_path, monkeypatch):
+    """EOS ids of tokenizer, config and generation_config together: one in common is enough (a base student)."""
+    tokenizer, other = toy.make_tokenizer(), make_model(tmp_path / "other", seed=6)
+    ours = common.stop_ids(str(tiny.model))
+    assert ours == [tokenizer.eos_token_id]
+    settings = json.loads((other / "generation_config.json").read_text())
+
+    def end_with(ids):
+        (other / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": ids}))
+
+    end_with([*ours, 0])
+    assert common.stop_ids(str(other), "--teacher") == [*ours, 0]
     run_here("distill", tmp_path / "r", tiny, f"--teacher {other} --steps 1")
-    stops = {str(tiny.model): [5], str(other): [0]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "stop_ids", lambda source, tokenizer: stops[source])
-        with pytest.raises(InputError, match="ends its answers with .*<.pad.>"):
-            run_here("distill", tmp_path / "s", tiny, f"--teacher {other} --dry-run")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    end_with([0])
+    text = json.loads((other / "tokenizer_config.json").read_text())
+    pad = tokenizer.convert_ids_to_tokens(0)
+    (other / "tokenizer_config.json").write_text(json.dumps(text | {"eos_token": pad}))
+    assert common.stop_ids(str(other), "--teacher") == [0]
+    monkeypatch.setattr(distill, "load_model", lambda *a: pytest.fail("a model was loaded first"))
+    with pytest.raises(InputError, match=r"other ends answers with \['<.pad.>'\], --model .* with \['<.end.>'\]"):
+        run_here("distill", tmp_path / "s", tiny, f"--teacher {other} --dry-run")
+
+
+def test_an_empty_teacher_is_refused(tiny, tmp_path):
+    args = parse_args(Args, PRESETS, flags_of("distill", tmp_path / "r", tiny).split() + ["--teacher", ""])
+    with pytest.raises(InputError, match="--teacher .none.: expected another model's folder or hub id"):
+        distill.main(args)
+
+
+def test_sft_has_no_divergence(tiny, tmp_path):
+    """Nobody is compared: zero in the metrics, and nothing in the printed sample."""
+    rows = run_here("distill", tmp_path / "r", tiny, "--objective sft --lmbda 0 --steps 2")
+    names = ("distill/divergence", "distill/topk_mass_teacher", "distill/is_ratio_mean")
+    assert all(r[name] == 0 for r in rows[1:] for name in names)
+    assert all(r["train/loss"] > 0 for r in rows[1:])
+
+
+def test_a_step_whose_answers_are_all_left_out(tiny, tmp_path, capsys):
+    """It costs no forward pass, moves nothing, and is said."""
+    flags = "--steps 2 --mask-truncated --max-completion-tokens 1 --lr 1"
+    rows = run_here("distill", tmp_path / "r", tiny, flags)
+    assert [r["rollout/cut_frac"] for r in rows[1:]] == [1, 1]
+    for r in rows[1:]:
+        assert r["train/loss"] == r["train/grad_norm"] == r["distill/tokens"] == 0
+    assert rows[0]["eval/avg@1"] == rows[2]["eval/avg@1"]
+    assert "every completion was cut off; raise --max-completion-tokens" in capsys.readouterr().out
+    first, last = (load_model(str(f), Run(SimpleNamespace(**STUB))) for f in (tiny.model, tmp_path / "r/last"))
+    assert all(map(torch.equal, first.parameters(), last.parameters()))
 
 
 def test_presets_are_the_papers():
@@ -420,8 +468,8 @@ def test_presets_are_the_papers():
         1,
     )
     assert (a.data, a.eval_data, a.verifier) == (
-        "openai/gsm8k:main@train",
-        ("openai/gsm8k:main@test",),
+        "openai/gsm8k:main@train#train",
+        ("openai/gsm8k:main@train#test", "openai/gsm8k:main@test"),
         "math",
     )
     a = parse_args(Args, PRESETS, ["--preset", "tml-math"])

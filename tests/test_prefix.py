@@ -195,11 +195,11 @@ def test_no_micro_batch_reads_more_than_it_may(shares, run):
     samples = [Sample([i % 5] * 30, [i % 3] * (40 + i), [9] * (1 + 3 * i)) for i in range(30)]
     for tokens in (60, 300, 1000):
         found = batches(run, samples, tokens, shares)
-        sizes = [tokens_read(shares, micro, len(micro)) for micro in found]
+        sizes = [tokens_read(micro, shares) for micro in found]
         assert all(size <= tokens or len(micro) == 1 for size, micro in zip(sizes, found, strict=True))
     both = [Sample([1] * 10, [2] * 50, [9] * 4), Sample([1] * 10, [3] * 20, [9] * 8)]
-    assert tokens_read(True, both, 2) == 2 * 50 + 2 * 50 / 8 + 2 * 8 and tokens_read(False, both, 2) == 2 * 58
-    assert tokens_read(True, [both[0]] * 4, 4) == 50 + 4 * 50 / 8 + 4 * 4
+    assert tokens_read(both, True) == 2 * 50 + 2 * 50 / 8 + 2 * 8 and tokens_read(both, False) == 2 * 58
+    assert tokens_read([both[0]] * 4, True) == 50 + 4 * 50 / 8 + 4 * 4
 
 
 def test_a_share_of_neighbours_covers_every_block_once(run):
@@ -208,24 +208,24 @@ def test_a_share_of_neighbours_covers_every_block_once(run):
         parts = []
         for rank in range(world):
             run.rank, run.world = rank, world
-            parts.append(run.share_blocks(items, size))
+            parts.append(run.share(items, size))
         assert sorted(sum(parts, [])) == items
         for first in range(0, 24, size):
             inside = [[i for i in part if first <= i < first + size] for part in parts]
             assert sum(inside, []) == items[first : first + size] and inside[0]
             assert max(map(len, inside)) - min(map(len, inside)) <= 1
     run.world, run.rank = 2, 1
-    assert run.share_blocks(items) == items[12:]
+    assert run.share(items) == items[12:]
 
 
 def test_sdpo_keeps_the_attempts_of_a_question_on_one_rank(tiny, tmp_path, monkeypatch):
     (tmp_path / "judge.py").write_text("def judge(completion, row):\n    return float(len(completion) % 2)\n")
-    seen, share = [], Run.share_blocks
+    seen, share = [], Run.share
 
     def watched_share(run, items, size=0):
         seen.append((len(items), size))
         return share(run, items, size)
 
-    monkeypatch.setattr(Run, "share_blocks", watched_share)
+    monkeypatch.setattr(Run, "share", watched_share)
     run_here("sdpo", tmp_path / "r", tiny, f"--verifier {tmp_path}/judge.py:judge --mini-batch 2 --steps 1")
-    assert seen == [(24, 6)]
+    assert (24, 6) in seen

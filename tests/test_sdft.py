@@ -254,6 +254,40 @@ def test_generate_from_teacher_samples_with_the_demonstration(tiny, tmp_path, mo
     assert all(len(prompt) > 30 and not trained for prompt, trained in seen)
 
 
+def test_the_ema_waits_when_a_gradient_was_skipped(tiny, tmp_path, monkeypatch):
+    norms, moved = iter([1.0, math.nan, math.inf, 1.0]), []
+    monkeypatch.setattr(sdft, "optimizer_step", lambda *_: next(norms))
+    watch(monkeypatch, Teacher, "update", lambda args, _: moved.append(args[0].run.bar.n))
+    run_here("sdft", tmp_path / "r", tiny, "--steps 4 --eval-every 9")
+    assert moved == [0, 3]
+
+
+@pytest.mark.parametrize("method", ["sdft", "sft", "dft"])
+def test_what_masks_tokens_masks_them_in_the_baselines_too(method, tiny, tmp_path):
+    whole = run_here("sdft", tmp_path / "whole", tiny, f"--method {method} --steps 1")[1]
+    part = run_here("sdft", tmp_path / "part", tiny, f"--method {method} --steps 1 --entropy-quantile 0.3")[1]
+    assert 0 < part["distill/tokens"] < 0.5 * whole["distill/tokens"]
+    assert part["train/loss"] != whole["train/loss"] and part["train/grad_norm"] != whole["train/grad_norm"]
+
+
+def test_evaluation_may_have_a_limit_of_its_own(tiny, tmp_path, monkeypatch):
+    limits = {}
+
+    def see(args, _):
+        limits.setdefault(args[4][0], set()).add(args[5].max_tokens)
+
+    watch(monkeypatch, common.Sampler, "__call__", see)
+    run_here("sdft", tmp_path / "r", tiny, "--steps 1 --eval-max-tokens 7")
+    assert limits == {common.TRAIN_STREAM: {30}, common.EVAL_STREAM: {7}}
+
+
+def test_science_rows_can_validate():
+    """The authors' training folder has right demonstrations and no answers; the letter is in the text."""
+    text = "<reasoning>\nx\n</reasoning>\n<answer>\nB\n</answer>"
+    row = sdft.to_row({"messages": [{"role": "user", "content": "q"}], "output_text": text})
+    assert row["answer"] == "B" and common.choice(text, row) == 1
+
+
 def test_ema_moves_once_per_step_whatever_the_micro_batches(tiny, tmp_path, monkeypatch):
     """Trap 33."""
     calls = []
@@ -386,8 +420,12 @@ def test_presets_are_the_papers():
         assert a.epochs == (4 if name == "knowledge" else 2)
         assert a.max_prompt_tokens == 1024
         assert a.out == f"runs/sdft-{name}"
-    assert parse_args(Args, PRESETS, ["--preset", "science"]).verifier == "choice"
-    assert parse_args(Args, PRESETS, ["--preset=tooluse"]).verifier == "tool_use"
+        assert a.data.endswith("#train") == (name != "knowledge")
+    a = parse_args(Args, PRESETS, ["--preset", "science"])
+    assert (a.verifier, a.eval_data) == ("choice", ("data/science_train#test", "data/science_eval"))
+    a = parse_args(Args, PRESETS, ["--preset=tooluse"])
+    assert (a.verifier, a.eval_data) == ("tool_use", ("data/tooluse_train#test", "data/tooluse_eval"))
+    assert a.eval_max_tokens == 1024
     assert common.MAX_GRAD_NORM == 1.0
 
 

@@ -98,11 +98,22 @@ def test_feedback_alone_stands_in_where_no_other_attempt_succeeded():
     assert hindsight([lone[0], lone[0]], 0, Args(hindsight="solution")) == ("", "")
 
 
-@pytest.mark.parametrize("reward, solved", [(0.5, True), (0.49, False), (0.99999, True)])
-def test_success_threshold(reward, solved):
-    """Trap 45: at least .5."""
+@pytest.mark.parametrize("reward, least, solved", [(0.5, 0.5, 1), (0.49, 0.5, 0), (0.6, 1.0, 0), (1.0, 1.0, 1)])
+def test_success_threshold(reward, least, solved):
+    """Trap 45: at least .5 (authors' code), or --success 1 (paper)."""
     group = [Mark("a", 0.0, ""), Mark("b", reward, "")]
-    assert (hindsight(group, 0, Args())[0] == "b") == solved
+    assert (hindsight(group, 0, Args(success=least))[0] == "b") == solved
+
+
+@pytest.mark.parametrize("least, solved", [(0.6, 1), (0.7, 0)])
+def test_success_threshold_of_pass_at_n_and_of_a_search(least, solved, tiny, tmp_path):
+    (tmp_path / "v.py").write_text("def v(completion, row):\n    return 0.6\n")
+    flags = f"--verifier {tmp_path}/v.py:v --success {least} --eval-samples 2 --eval-temperature 1"
+    row = run_here("sdpo", tmp_path / "r", tiny, f"{flags} --steps 1")[-1]
+    assert row["eval/pass@2"] == solved
+    assert (row["distill/active_frac"] > 0) == solved
+    flags += " --question 3 --prompts-per-step 1 --steps 1 --search best_of_k"
+    assert run_here("sdpo", tmp_path / "q", tiny, flags)[-1]["search/solved"] == solved
 
 
 def test_a_long_solution_loses_its_own_end():
@@ -120,7 +131,7 @@ def grade_one(returned, row, tmp_path):
     (tmp_path / "mine.py").write_text(f"def grade(completion, row):\n    return {returned}\n")
     run = Run(Args(out="/nowhere", rollouts=1), toy.make_tokenizer())
     run.verify = common.load_verifier(f"{tmp_path}/mine.py:grade")
-    [[mark]] = sdpo.grade_groups(run, [0], [Rollout([5], [-1.0], True)], [row])
+    [[mark]] = sdpo.grade_groups(run, [0], [row], [Rollout([5], [-1.0], True)])
     return mark
 
 
@@ -205,6 +216,7 @@ CODE_RAW = {
 
 def test_rows_have_the_authors_prompt_and_all_tests():
     row = livecodebench_row(CODE_RAW)
+    assert row["contest_date"] == "2025-04-30"
     assert row["tests"] == {**ADD, "time_limit": 6}
     assert row["prompt"] == (
         "You are a coding expert. You will be given a coding problem, and you need to write a correct Python "
@@ -242,8 +254,11 @@ class Evil:
 
 
 def test_a_pickle_that_calls_something_is_refused():
-    with pytest.raises(pickle.UnpicklingError, match="posix.system"):
+    """Nothing is executed: the pickle must hold one text and nothing else."""
+    with pytest.raises(ValueError, match="too many values"):
         private_tests(packed(Evil()))
+    with pytest.raises(ValueError, match="not enough values"):
+        private_tests(packed([1, 2]))
 
 
 def test_raw_livecodebench_through_to_row():
@@ -252,6 +267,20 @@ def test_raw_livecodebench_through_to_row():
     assert len(to_row(raw)["tests"]["inputs"]) == 11
     assert len(to_row(raw, train=True)["tests"]["inputs"]) == 6
     assert to_row({**raw, "contest_date": "2025-05-01"}) is None
+
+
+@pytest.mark.parametrize("more, tests", [("", 6), ("--question 1 --prompts-per-step 1", 11)])
+def test_solved_at_test_time_means_all_tests(more, tests, tiny, tmp_path, monkeypatch):
+    """Training on raw LiveCodeBench rows sees half of the private tests; --question is judged by all."""
+    private = [case(str(i), str(i)) for i in range(10)]
+    raw = {**CODE_RAW, "private_test_cases": json.dumps(private)}
+    (tmp_path / "raw.jsonl").write_text(json.dumps(raw) + "\n")
+    seen = []
+    monkeypatch.setattr(sdpo, "start_run", lambda args, tokenizer, rows, to_row: seen.extend(rows) or 1 / 0)
+    monkeypatch.setattr(sdpo, "tokenize", lambda rows, *_: rows)
+    with pytest.raises(ZeroDivisionError):
+        run_here("sdpo", tmp_path / "r", tiny, f"--data {tmp_path}/raw.jsonl {more}")
+    assert len(seen[0]["tests"]["inputs"]) == tests
 
 
 # ---- The loss
@@ -282,8 +311,7 @@ def loss_of(world, samples=None, **flags):
     args = Args(**{"support": "full", "is_cap": 0.0, **flags})
     told = [(s.context, s.y) for s in samples if s.context]
     targets = world.teacher.targets(told) if args.policy_weight < 1 else []
-    tokens = sum(sum(s.mask) for s in world.samples if s.context)
-    n = {"attempts": 3, "all_tokens": 10, "tokens": tokens}
+    n = {"attempts": 3, "tokens": 10}
     h_ND = completion_states(world.student, [(s.prompt, s.y) for s in samples])
     return sdpo_loss(h_ND, head_of(world.student), targets, samples, n, args)[0]
 
@@ -351,12 +379,12 @@ def grpo_terms(world):
 
 @pytest.mark.parametrize("average", ["sequence", "token"])
 def test_average_governs_both_losses(world, average):
-    """sequence: mean of token means over attempts. token: mean over tokens, of GRPO over those of all."""
+    """sequence: mean of token means over attempts. token: mean over the tokens of all attempts, told or not."""
     grpo, distilled = grpo_terms(world), per_token(world, jsd)
     if average == "sequence":
         want = mean_of_means(grpo), mean_of_means(distilled)
     else:
-        want = sum(map(sum, grpo)) / 10, sum(map(sum, distilled)) / 8
+        want = sum(map(sum, grpo)) / 10, sum(map(sum, distilled)) / 10
     assert loss_of(world, average=average, policy_weight=1.0).item() == pytest.approx(want[0], rel=1e-5)
     assert loss_of(world, average=average).item() == pytest.approx(want[1], rel=1e-5)
 
@@ -412,15 +440,21 @@ def test_importance_ratio_by_hand(world):
     assert got != loss_of(world).item()
 
 
-def test_advantages_have_no_standard_deviation():
-    """Eq. 12: r_i minus the group's mean."""
-    marks = [Mark("a", 1.0, ""), Mark("b", 0.0, ""), Mark("c", 0.0, ""), Mark("d", 0.0, "")]
-    row = {**to_row({"prompt": "mul:12"}), "prompt_ids": [3]}
-    ys = [Rollout([30], [-1.0], True)] * 4
-    args = Args(rollouts=4, chat_kwargs={})
-    samples, _ = sdpo.look_back(range(4), ys, [row] * 4, [marks], toy.make_tokenizer(), args)
-    assert [s.advantage for s in samples] == [0.75, -0.25, -0.25, -0.25]
-    assert [s.context is None for s in samples] == [True, False, False, False]
+def test_advantages_have_no_standard_deviation(tiny, tmp_path, monkeypatch):
+    """Eq. 12: r_i minus the group's mean; and a lone success has nobody to learn from."""
+    grade = "def grade(completion, row):\n    return float(sum(map(ord, completion)) % 3 == 0)\n"
+    (tmp_path / "v.py").write_text(grade)
+    graded, seen = [], []
+    watch(monkeypatch, sdpo, "grade_groups", lambda _, groups: graded.extend(groups))
+    watch(monkeypatch, sdpo, "sdpo_loss", lambda args, _: seen.extend(args[3]))
+    flags = f"--verifier {tmp_path}/v.py:grade --rollouts 4 --steps 1 --policy-weight 0.5"
+    run_here("sdpo", tmp_path / "r", tiny, flags)
+    assert len(graded) == 8 and len(seen) > 8
+    for s in seen:
+        rewards = [mark.reward for mark in graded[s.place // 4]]
+        assert s.advantage == rewards[s.place % 4] - sum(rewards) / 4
+        others = sum(rewards) - rewards[s.place % 4]
+        assert (s.context is not None) == (others > 0)
 
 
 # ---- The loop
@@ -463,6 +497,16 @@ def test_teacher_moves_once_per_batch_and_weights_once_per_mini_batch(tiny, tmp_
     assert [len(part) for part in parts] == [6] * 4  # two questions of three attempts
     for first, second in (parts[:2], parts[2:]):
         assert not {tuple(prompt) for prompt, _ in first} & {tuple(prompt) for prompt, _ in second}
+
+
+@pytest.mark.parametrize("norms, moves", [([math.nan, 1.0], 1), ([math.nan, math.inf], 0), ([1.0, 1.0], 1)])
+def test_the_teacher_waits_when_every_gradient_was_skipped(norms, moves, tiny, tmp_path, judge, monkeypatch):
+    """As in the authors' code: one finite gradient of a batch is enough for the EMA to follow."""
+    left, moved = iter(norms), []
+    monkeypatch.setattr(sdpo, "optimizer_step", lambda *_: next(left))
+    watch(monkeypatch, Teacher, "update", lambda *_: moved.append(1))
+    run_here("sdpo", tmp_path / "r", tiny, f"{judge} --steps 1 --mini-batch 4 --hindsight feedback")
+    assert len(moved) == moves
 
 
 def test_scored_pairs_belong_together(tiny, tmp_path, judge, monkeypatch):
@@ -800,11 +844,13 @@ def test_presets_are_the_papers():
     assert (a.divergence, a.topk, a.ema_rate, a.lr, a.advantage_clip) == ("reverse_kl", 20, 0.01, 1e-6, 5.0)
     assert (a.verifier, a.steps * a.rollouts, a.search) == ("code", 2752, "sdpo")
     assert a.max_teacher_tokens == 10240
+    a = parse_args(Args, PRESETS, ["--preset", "grpo"])
+    assert (a.policy_weight, a.lr, a.mini_batch, a.warmup, a.rollouts) == (1.0, 1e-6, 8, 10, 8)
     a = parse_args(Args, PRESETS, ["--preset", "lcb"])
     assert (a.divergence, a.topk, a.ema_rate, a.lr, a.warmup) == ("reverse_kl", 20, 0.01, 1e-6, 0)
     assert (a.mini_batch, a.eval_samples, a.verifier, a.is_cap, a.rollouts) == (1, 4, "code", 2.0, 8)
     assert a.hindsight == "solution_or_feedback"
-    assert (common.SOLVED, sdpo.CLIP_LOW, sdpo.CLIP_HIGH) == (0.5, 0.2, 0.28)
+    assert (a.success, sdpo.CLIP_LOW, sdpo.CLIP_HIGH) == (0.5, 0.2, 0.28)
     assert sdpo.objective_of(a).tail
     assert sdpo.objective_of(a).beta == 0.5
 

@@ -347,6 +347,35 @@ def test_answers_cut_off_are_dropped_when_asked(tiny, tmp_path):
     )
 
 
+def test_a_part_of_the_questions_is_drawn_by_the_seed(tiny, tmp_path, monkeypatch):
+    """Not the first rows of the file; with 0 all of them, in their order."""
+    seen, start = [], sdzero.start_run
+
+    def watched(args, tokenizer, rows, to_row):
+        seen.append([row["id"] for row in rows])
+        return start(args, tokenizer, rows, to_row)
+
+    monkeypatch.setattr(sdzero, "start_run", watched)
+    for i, more in enumerate(("--questions 6", "--questions 6", "--questions 6 --seed 1", "", "--questions 99")):
+        argv = [*flags_of("sdzero", tmp_path / str(i), tiny, more).split(), "--dry-run"]
+        sdzero.main(parse_args(Args, PRESETS, argv))
+    a, b, c, whole, more = seen
+    assert a == b and len(set(a)) == 6 and a != c and sorted(a) != list(range(1, 7))
+    assert whole == more == list(range(1, 25))
+
+
+def test_evaluation_may_have_a_limit_of_its_own(tiny, tmp_path, monkeypatch):
+    limits, sample = {}, common.Sampler.__call__
+
+    def watched(self, model, prompts, keys, stream, how):
+        limits.setdefault(stream[0], set()).add(how.max_tokens)
+        return sample(self, model, prompts, keys, stream, how)
+
+    monkeypatch.setattr(common.Sampler, "__call__", watched)
+    run_here("sdzero", tmp_path / "r", tiny, "--steps 1 --eval-max-tokens 40")
+    assert limits == {common.TRAIN_STREAM: {30}, common.EVAL_STREAM: {40}}
+
+
 def test_both_phases_map_rows_alike():
     """One prompt format throughout: a question has the same key in srt.py and here."""
     import srt
@@ -393,4 +422,5 @@ def test_presets_are_the_papers():
             and a.phrases == "srt.json"
             and a.eval_samples == 8
             and a.eval_every == 20
+            and a.eval_max_tokens == 32768
         )

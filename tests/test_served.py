@@ -174,7 +174,7 @@ PAIRS = [([1, 2, 3], [4, 5, 6, EOS]), ([7], [8, EOS]), ([9, 10], [11]), ([12] * 
 
 
 def test_targets_are_the_servers_log_probs(server):
-    for (x, y), top in zip(PAIRS, client(server).targets(PAIRS), strict=True):
+    for (x, y), top in zip(PAIRS, client(server).ask(PAIRS), strict=True):
         log_p = bigram((x + y)[len(x) - 1 : -1])
         values, ids = log_p.topk(K)
         expected = torch.full_like(log_p, -1.0).scatter(1, ids, values)
@@ -186,20 +186,20 @@ def test_targets_are_the_servers_log_probs(server):
 
 @pytest.mark.parametrize("how", [{"support": "sampled"}, {"objective": "policy_gradient"}])
 def test_without_a_top_k_only_the_sent_tokens_are_asked_for(how, server):
-    tops = client(server, **how).targets(PAIRS)
+    tops = client(server, **how).ask(PAIRS)
     assert [top.ids_NK.shape for top in tops] == [(len(y), 0) for _, y in PAIRS]
     torch.testing.assert_close(tops[1].logp_N, torch.stack([bigram([7])[0, 8], bigram([8])[0, EOS]]))
     assert {body["prompt_logprobs"] for body in server.bodies} == {0}
 
 
 def test_no_pairs_no_requests(server):
-    assert client(server).targets([]) == [] and server.asked == 0
+    assert client(server).ask([]) == [] and server.asked == 0
 
 
 def test_what_the_server_is_sent(server, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     server.seconds = 0.05
-    client(server).targets(PAIRS * 10)
+    client(server).ask(PAIRS * 10)
     assert sorted(body["prompt"] for body in server.bodies) == sorted([x + y for x, y in PAIRS] * 10)
     sent = {"model": "teacher", "prompt": 0, "max_tokens": 1, "temperature": 0, "prompt_logprobs": K}
     assert all(body | {"prompt": 0} == sent for body in server.bodies)
@@ -216,7 +216,7 @@ def test_a_probability_of_one_may_be_rounded_up(server):
 
     server.trouble = trouble
     likeliest = bigram([1])[0].argmax().item()
-    [top] = client(server).targets([([1], [likeliest])])
+    [top] = client(server).ask([([1], [likeliest])])
     assert top.logps_NK.max() == 0 and top.logp_N.item() == 0
 
 
@@ -389,8 +389,8 @@ def test_a_wrong_answer_is_an_error(what, server):
             change(choice, choice["prompt_logprobs"])
 
     server.trouble = trouble
-    with pytest.raises(RunError, match=f"teacher at {server.url}.*{message}"):
-        client(server).targets(PAIRS)
+    with pytest.raises(ConnectionError, match=f"teacher at {server.url}.*{message}"):
+        client(server).ask(PAIRS)
     assert server.asked <= len(PAIRS)  # a wrong answer is not asked for again
 
 
@@ -420,14 +420,14 @@ def test_answers_that_are_not_tried_again(what, message, server):
         return True
 
     server.trouble = trouble
-    with pytest.raises(RunError, match=message):
-        client(server).targets(PAIRS[:1])
+    with pytest.raises(ConnectionError, match=message):
+        client(server).ask(PAIRS[:1])
     assert server.asked == 1
 
 
 @pytest.mark.parametrize("what", ["408", "409", "429", "500", "503", "broken body", "hang up", "silence"])
 def test_passing_trouble_is_tried_again(what, server, monkeypatch):
-    whole = client(server).targets(PAIRS)
+    whole = client(server).ask(PAIRS)
     server.asked, tries = 0, []
     monkeypatch.setattr(module, "TIMEOUT", 0.3)
 
@@ -448,7 +448,7 @@ def test_passing_trouble_is_tried_again(what, server, monkeypatch):
         return True
 
     server.trouble = trouble
-    for a, b in zip(client(server).targets(PAIRS), whole, strict=True):
+    for a, b in zip(client(server).ask(PAIRS), whole, strict=True):
         assert all(map(torch.equal, a, b))
     assert sorted(tries) == [1, 2] and server.asked == len(PAIRS) + 2
 
@@ -457,9 +457,9 @@ def test_passing_trouble_is_tried_again(what, server, monkeypatch):
 def test_retries_end(status, server):
     server.trouble = lambda number, handler, reply: handler.send(status, b"later") or True
     with pytest.raises(
-        RunError, match=f"no usable answer from the teacher at {server.url}, /completions: .*later"
+        ConnectionError, match=f"no usable answer from the teacher at {server.url}, /completions: .*later"
     ):
-        client(server).targets(PAIRS[:1])
+        client(server).ask(PAIRS[:1])
     assert server.asked == 1 + module.RETRIES
 
 
@@ -474,8 +474,8 @@ def test_an_answer_that_trickles_in_forever_ends(server, monkeypatch):
     monkeypatch.setattr(module, "TIMEOUT", 0.1)
     server.trouble = trickle
     began = time.monotonic()
-    with pytest.raises(RunError, match="TimeoutError"):
-        client(server).targets(PAIRS[:1])
+    with pytest.raises(ConnectionError, match="TimeoutError"):
+        client(server).ask(PAIRS[:1])
     assert time.monotonic() - began < 2 and server.asked == 1
 
 
@@ -488,11 +488,11 @@ def test_one_failure_stops_the_others_and_the_client_lives_on(server):
 
     server.trouble = trouble
     teacher, began = client(server), time.monotonic()
-    with pytest.raises(RunError, match="enough"):
-        teacher.targets(PAIRS * 10)
+    with pytest.raises(ConnectionError, match="enough"):
+        teacher.ask(PAIRS * 10)
     assert time.monotonic() - began < 1 and server.asked <= module.REQUESTS + 1
     server.trouble = None
-    assert len(teacher.targets(PAIRS)) == len(PAIRS)
+    assert len(teacher.ask(PAIRS)) == len(PAIRS)
 
 
 # ---- Whole runs

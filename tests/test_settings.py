@@ -74,6 +74,29 @@ TABLES: dict[tuple[str, str], list[Row]] = {
         Row("longest prompt", "max_prompt_tokens", NONE, "1024, cut", "512, cut", "code"),
         Row("longest answer", "max_completion_tokens", "2048", "1024", "256", "paper"),
         Row("evaluation temperature", "eval_temperature", "0", "0", "", "paper"),
+        Row("longest answer in evaluation", "eval_max_tokens", NONE, "1024", "", "code"),
+        Row("verifier", "verifier", "tool_use: actions and inputs", "tool_use", NONE, "paper"),
+        Row("validation, then test", "eval_data", "validation split, 68 rows", "68 rows, later 97", NONE, "own"),
+    ],
+    ("sdft", "science"): [
+        Row("verifier", "verifier", "choice: the letter", "choice: text in <answer>", NONE, "paper"),
+        Row("validation, then test", "eval_data", "5 %, 20 % of the rows", "507 rows", NONE, "own"),
+        Row("learning rate", "lr", "5e-6 1e-5 5e-5 tried", NONE, "", "paper"),
+        Row("epochs", "epochs", "1 2 tried", NONE, "", "paper"),
+        Row("longest answer", "max_completion_tokens", "2048", "evaluation 2048", "256", "paper"),
+    ],
+    ("sdft", "medical"): [
+        Row("rows", "data", "medical-o1 (en), 1,000 questions test", NONE, NONE, "own"),
+        Row("learning rate", "lr", "5e-6 1e-5 5e-5 tried", NONE, "", "paper"),
+        Row("epochs", "epochs", "1 2 tried", NONE, "", "paper"),
+        Row("longest answer", "max_completion_tokens", "2048", NONE, "256", "paper"),
+    ],
+    ("sdft", "knowledge"): [
+        Row("learning rate", "lr", "5e-6 1e-5 5e-5 tried", NONE, "", "paper"),
+        Row("epochs", "epochs", "1 2 4 tried", NONE, "", "paper"),
+        Row("EMA rate", "ema_rate", ".01 .02 .05: 0.01", NONE, "", "paper"),
+        Row("longest answer", "max_completion_tokens", "1024", NONE, "256", "paper"),
+        Row("longest teacher prompt: an article", "max_teacher_tokens", NONE, NONE, NONE, "own"),
     ],
     ("sdpo", "sciknoweval"): [
         Row("student", "model", "Qwen/Qwen3-8B", "Qwen/Qwen3-8B", NONE, "paper"),
@@ -87,6 +110,8 @@ TABLES: dict[tuple[str, str], list[Row]] = {
             "paper",
         ),
         Row("average", "average", "token", "sequence", "sequence", "code"),
+        Row("a success has at least the reward", "success", "1", "0.5", "1", "code"),
+        Row("verifier", "verifier", "choice: the letter", "choice: text in <answer>", NONE, "paper"),
         Row("importance ratio: cap, per token", "is_cap", "2", "2", NONE, "paper"),
         Row(
             "teacher, rate",
@@ -119,6 +144,20 @@ TABLES: dict[tuple[str, str], list[Row]] = {
             "paper",
         ),
     ],
+    ("sdpo", "grpo"): [
+        Row("share of GRPO", "policy_weight", "1", "1", NONE, "paper"),
+        Row("learning rate, then constant, warm-up", "lr / warmup", "1e-6 / 10", "1e-6 / 10", "", "paper"),
+        Row("questions an optimiser step", "mini_batch", "8", "8", "", "paper"),
+        Row("questions, attempts", "prompts_per_step / rollouts", "32 / 8", "32 / 8", "", "paper"),
+        Row("average", "average", "token", "sequence", "dapo: token", "code"),
+        Row("verifier", "verifier", "choice: the letter", "choice: text in <answer>", NONE, "paper"),
+    ],
+    ("sdpo", "tooluse"): [
+        Row("verifier", "verifier", "tool_use: actions and inputs", "tool_use", NONE, "paper"),
+        Row("what the teacher reads", "hindsight", "solution", "solution", "solution", "paper"),
+        Row("learning rate, then constant, warm-up", "lr / warmup", "1e-5 / 10", "1e-5 / 10", "", "paper"),
+        Row("divergence, K", "divergence / topk", "jsd / 100", "jsd / 100", "", "paper"),
+    ],
     ("sdpo", "lcb"): [
         Row("divergence", "divergence", "reverse_kl", "reverse_kl", "reverse KL", "paper"),
         Row(
@@ -147,6 +186,7 @@ TABLES: dict[tuple[str, str], list[Row]] = {
         ),
         Row("learning rate, then constant, warm-up", "lr / warmup", "1e-6 / 0", "1e-6 / 0", "", "paper"),
         Row("evaluation answers", "eval_samples", "4", "4", "", "paper"),
+        Row("verifier", "verifier", "code: all tests", "code: all tests", NONE, "paper"),
     ],
     ("sdpo", "ttt"): [
         Row(
@@ -169,6 +209,9 @@ TABLES: dict[tuple[str, str], list[Row]] = {
             "learning rate, advantage clip", "lr / advantage_clip", "1e-6 / 5", "not released", NONE, "paper"
         ),
         Row("steps", "steps", "2750 attempts, 172 steps", "not released", NONE, "paper"),
+        Row("warm-up, row", "warmup / question", "0 / 1, 3, 10 and 16 more", "not released", NONE, "paper"),
+        Row("verifier", "verifier", "code: all tests", "not released", NONE, "paper"),
+        Row("hindsight prompts answered by the teacher", "teacher_samples", NONE, NONE, NONE, "own"),
     ],
     ("srt", "math"): [
         Row("student", "model", "Qwen/Qwen3-4B-Instruct-2507", NONE, NONE, "paper"),
@@ -187,7 +230,7 @@ TABLES: dict[tuple[str, str], list[Row]] = {
         Row("learning rate, schedule", "lr / schedule", "5e-6 / cosine", "5e-6 / cosine", "", "paper"),
         Row("weight decay", "weight_decay", NONE, "1e-4", "", "code"),
         Row("AdamW betas", "adam_betas", NONE, "0.9 / 0.95", "", "code"),
-        Row("warm-up steps", "warmup", NONE, "a twentieth", "", "own"),
+        Row("warm-up, share of the steps", "warmup", NONE, "0.05", "", "code"),
         Row("traces a step", "prompts_per_step", NONE, "4", "", "code"),
         Row(
             "sampling: T, longest",
@@ -197,7 +240,26 @@ TABLES: dict[tuple[str, str], list[Row]] = {
             ".8",
             "paper",
         ),
-        Row("evaluation answers", "eval_samples", "8", "8", "", "paper"),
+        Row("evaluation: answers, longest", "eval_samples / eval_max_tokens", "8 / 32768", "8", "", "paper"),
+        Row("verifier", "verifier", "math, or a stated answer", "math, or a stated answer", NONE, "paper"),
+    ],
+    ("srt", "math-sequential"): [
+        Row("loss", "loss", "joint", "sequential", "joint", "code"),
+        Row("epochs of each run", "epochs", "2", "3", "", "code"),
+        Row("warm-up, share of each run", "warmup", NONE, "0.05", "", "code"),
+        Row("records of the second run", "stage_two", NONE, "1000 (README: 2000)", NONE, "code"),
+        Row("attempts, revisions, kept", "attempts / revisions / target", "1, 3", "3 / 3 / 6000", "1, 3", "code"),
+        Row("right attempts revised too", "revise_right", "yes", "no", "yes", "code"),
+        Row("phrases", "phrases", "paper", "qwen", "paper", "code"),
+        Row("sampling: T", "temperature", "0.7", "1, top-p .9", ".8", "code"),
+        Row("longest answer in evaluation", "eval_max_tokens", "32768", NONE, "", "paper"),
+        Row("verifier", "verifier", "math, or a stated answer", "math, or a stated answer", NONE, "paper"),
+    ],
+    ("srt", "code"): [
+        Row("questions, kept", "questions / target", "10000 / 6000", "6000", NONE, "paper"),
+        Row("verifier", "verifier", "code", "code: the last Python block", NONE, "paper"),
+        Row("evaluation: answers, longest", "eval_samples / eval_max_tokens", "8 / 32768", "8", "", "paper"),
+        Row("loss, epochs", "loss / epochs", "joint / 2", "sequential, 3 + 3", "joint", "paper"),
     ],
     ("sdzero", "math"): [
         Row("divergence", "divergence", "reverse KL in Eq. 4", "mixed, ½", "", "code"),
@@ -225,6 +287,14 @@ TABLES: dict[tuple[str, str], list[Row]] = {
             "paper",
         ),
         Row("longest teacher prompt", "max_teacher_tokens", NONE, "32768, cut", "", "code"),
+        Row("evaluation: answers, longest", "eval_samples / eval_max_tokens", "8 / 32768", "8", "", "paper"),
+        Row("verifier", "verifier", "math, or a stated answer", "math, or a stated answer", NONE, "paper"),
+    ],
+    ("sdzero", "code"): [
+        Row("questions", "questions", "9000", NONE, "", "paper"),
+        Row("verifier", "verifier", "code", "code: the last Python block", NONE, "paper"),
+        Row("evaluation: answers, longest", "eval_samples / eval_max_tokens", "8 / 32768", "8", "", "paper"),
+        Row("learning rate", "lr", "5e-6", "5e-6", "", "paper"),
     ],
     ("distill", "gkd-gsm8k"): [
         Row("lambda", "lmbda", "1 (best of 0 ½ 1)", NONE, "always 1; GKD trainer .5", "paper"),
@@ -241,6 +311,8 @@ TABLES: dict[tuple[str, str], list[Row]] = {
         Row("sampling temperature", "temperature", "1", NONE, "1; GKD trainer .9", "paper"),
         Row("learning rate", "lr", NONE, NONE, "1e-6", "own"),
         Row("longest answer", "max_completion_tokens", NONE, NONE, "512; GKD trainer 128", "own"),
+        Row("verifier", "verifier", "accuracy", NONE, NONE, "own"),
+        Row("validation, then test", "eval_data", "GSM8K", NONE, NONE, "own"),
     ],
     ("distill", "tml-math"): [
         Row(
@@ -263,8 +335,22 @@ TABLES: dict[tuple[str, str], list[Row]] = {
         Row("LoRA rank, learning rate", "lora_rank / lr", NONE, "128 / 1e-4", NONE, "code"),
         Row("steps", "steps", "150", "200", NONE, "paper"),
         Row("longest answer", "max_completion_tokens", NONE, "4096 (README: 16384)", NONE, "code"),
+        Row("average", "average", NONE, "sum over tokens", NONE, "own"),
+        Row("warm-up steps", "warmup", NONE, NONE, NONE, "own"),
+        Row("chat template arguments", "chat_kwargs", NONE, NONE, NONE, "own"),
+        Row("evaluation temperature", "eval_temperature", NONE, "1", NONE, "code"),
+        Row("verifier", "verifier", "AIME24", NONE, NONE, "own"),
     ],
 }
+
+
+SCRIPTS = ("sdft", "sdpo", "srt", "sdzero", "distill")
+OWN = ("toy",)  # presets of no paper: one table, a column for each script
+PLACES = {"data", "eval_data", "model"}  # where things lie says nothing about an experiment
+
+
+def presets_of(script: str) -> dict:
+    return importlib.import_module(script).PRESETS
 
 
 def show(value: object) -> str:
@@ -296,6 +382,28 @@ def table(script: str, preset: str) -> str:
     return "\n".join(lines)
 
 
+def own_table(preset: str) -> str:
+    """All values of a preset that no paper has, in the order of the scripts' flags."""
+    columns = {script: presets_of(script).get(preset, {}) for script in SCRIPTS}
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    lines = [f"**`--preset {preset}`**", "", "| | " + " | ".join(columns) + " |", "|---" * 6 + "|"]
+    for name in names:
+        shown = [show(column[name]) if name in column else NONE for column in columns.values()]
+        lines.append(f"| {name} | " + " | ".join(repr(x)[1:-1].replace("|", "\\|") for x in shown) + " |")
+    return "\n".join(lines)
+
+
+def test_every_preset_has_a_table():
+    presets = {(script, preset) for script in SCRIPTS for preset in presets_of(script)}
+    assert presets == set(TABLES) | {(script, preset) for script in SCRIPTS for preset in OWN}
+
+
+@pytest.mark.parametrize("script, preset", TABLES)
+def test_no_value_of_a_preset_is_left_out(script, preset):
+    named = {flag for row in TABLES[script, preset] for flag in row.flags.split(" / ")}
+    assert set(presets_of(script)[preset]) - PLACES <= named
+
+
 @pytest.mark.parametrize("script, preset", TABLES)
 def test_ours_is_whose_it_says(script, preset):
     for row in TABLES[script, preset]:
@@ -315,5 +423,12 @@ def test_the_page_shows_the_presets(script, preset):
     )
 
 
+@pytest.mark.parametrize("preset", OWN)
+def test_the_page_shows_our_own_presets(preset):
+    assert own_table(preset) in PAGE.read_text(), (
+        "python tests/test_settings.py prints the tables that belong there"
+    )
+
+
 if __name__ == "__main__":
-    print("\n\n".join(table(*key) for key in TABLES))
+    print("\n\n".join([*(table(*key) for key in TABLES), *map(own_table, OWN)]))

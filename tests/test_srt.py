@@ -337,6 +337,37 @@ def test_the_second_stage_is_a_run_of_its_own(tiny, tmp_path, monkeypatch):
     assert [r["train/lr"] for r in rows[1:]] == pytest.approx([5e-4, 1e-3, 5e-4, 1e-3])
 
 
+def test_warmup_is_a_share_of_each_stage_or_a_number_of_steps(tiny, tmp_path):
+    (tmp_path / "v.py").write_text("def v(completion, row):\n    return float(len(completion) % 2)\n")
+    flags = f"--loss sequential --stage-two 5 --steps 5 --verifier {tmp_path}/v.py:v --schedule constant"
+    rows = run_here("srt", tmp_path / "r", tiny, f"{flags} --warmup 0.4")
+    assert [r["train/lr"] for r in rows[1:]] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3] * 2)
+    rows = run_here("srt", tmp_path / "n", tiny, f"{flags} --warmup 1")
+    assert [r["train/lr"] for r in rows[1:]] == pytest.approx([1e-3] * 10)
+
+
+def test_the_judge_of_the_paper():
+    """Section 3.3: the last box, else "the answer is", else the last number; code: the last Python block."""
+    row = srt.competition_row({"problem": "2+3?", "answer": "5"})
+    for text, reward in (("So the answer is 5.", 1), ("5", 1), ("\\boxed{4}, the answer is 5", 0)):
+        assert common.math_answer(text, row)[0] == reward
+    case = {"input_format": "n", "prompt": "Print n.", "examples": [{"input": "1", "output": "1"}]}
+    block = common.find_program("```c\nlong long\n```\n```python\n1\n```", srt.competition_row(case)["block"])
+    assert block == "1\n"
+
+
+def test_evaluation_may_have_a_limit_of_its_own(tiny, tmp_path, monkeypatch):
+    limits, sample = {}, common.Sampler.__call__
+
+    def watched(self, model, prompts, keys, stream, how):
+        limits.setdefault(stream[0], set()).add(how.max_tokens)
+        return sample(self, model, prompts, keys, stream, how)
+
+    monkeypatch.setattr(common.Sampler, "__call__", watched)
+    run_here("srt", tmp_path / "r", tiny, "--steps 1 --eval-max-tokens 40")
+    assert limits == {common.TRAIN_STREAM: {30}, common.EVAL_STREAM: {40}}
+
+
 def test_resume_within_and_between_stages(tiny, tmp_path, monkeypatch):
     more = "--loss sequential --stage-two 4 --steps 2 --save-every 1"
     whole = run_here("srt", tmp_path / "whole", tiny, more)
@@ -536,7 +567,10 @@ def test_presets_are_the_papers():
             "paper",
             8,
         )
-        assert a.warmup == round(0.05 * a.epochs * a.target / a.prompts_per_step)
+        assert (a.warmup, a.eval_max_tokens) == (0.05, 32768)
+    a = parse_args(Args, PRESETS, ["--preset", "math-sequential"])
+    assert (a.loss, a.epochs, a.warmup, a.stage_two, a.revise_right) == ("sequential", 3.0, 0.05, 1000, False)
+    assert (a.attempts, a.revisions, a.temperature, a.phrases, a.target) == (3, 3, 1.0, "qwen", 6000)
     assert common.PHRASES["paper"][1] == "Wait, this response is not correct, let me start over."
     assert (
         common.PHRASES["qwen"][1] == "Wait, this response is wrong. Let me correct it."
