@@ -546,6 +546,17 @@ def test_what_masks_tokens_masks_them_in_grpo_too(more, tiny, tmp_path, judge):
     assert part["train/grad_norm"] != whole["train/grad_norm"]
 
 
+def test_denominators_count_all_attempts_of_a_mini_batch(tiny, tmp_path, judge, monkeypatch):
+    """Those without hindsight and those cut off too: a mean over all attempts, or over all their tokens."""
+    seen = []
+    watch(monkeypatch, sdpo, "sdpo_loss", lambda args, _: seen.append((args[3], args[4])))
+    flags = f"{judge} --steps 1 --mini-batch 4 --hindsight solution --mask-truncated"
+    row = run_here("sdpo", tmp_path / "r", tiny, flags)[1]
+    counted = {n["tokens"]: n["attempts"] for _, n in seen}
+    assert list(counted.values()) == [12, 12] and sum(counted) == pytest.approx(24 * row["rollout/length"])
+    assert sum(len(micro) for micro, _ in seen) < 24
+
+
 def test_average_changes_both_runs(tiny, tmp_path, judge):
     for weight in ("0", "1"):
         norms = []
