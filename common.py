@@ -642,7 +642,7 @@ def _clipped(log_ratio: Tensor, clip: float) -> Tensor:
 
 def head_of(model: nn.Module) -> Head:
     """The output head. Under FSDP it is whole from a forward to a backward pass or `parameters_of`."""
-    layer, config = model.get_output_embeddings(), model.config
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None) or 0.0
     return Head(layer.weight, layer.bias, scale, softcap, model.computes_in_bf16)
@@ -723,22 +723,28 @@ def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, flag: 
         config = AutoConfig.from_pretrained(path)
         saved_dtype = config.dtype
         attention = attention_of(config, run.device)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as error:
+        options = dict(dtype=dtype, attn_implementation=attention, output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
+    for missing in sorted(loading["missing_keys"]):  # transformers would leave them random
+        raise InputError(f"{flag} {source}: no weights for {missing} in it, which {type(model).__name__} has")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling parameters beside do_sample = false, which save_pretrained refuses
         model.generation_config.do_sample = True
     prepare(model.eval(), lora_rank, False)
     check_model(model, f"{flag} {source}: {type(model).__name__}")
+    if lora_rank and (share := f"{adapted_share(model):.0%}") != "100%":
+        run.say(f"LoRA: adapters on {share} of the matrix weights; fused experts and convolutions have none")
     model.config.dtype, model.computes_in_bf16 = saved_dtype, run.computes_in_bf16
     return model
 
 
 def attention_of(config: Any, device: torch.device) -> str | None:
     """Eager where SDPA is slow (backward on CPU) or wrong (Gemma 2's soft-cap); else the model's default."""
-    return "eager" if device.type == "cpu" or getattr(config, "attn_logit_softcapping", None) else None
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if device.type == "cpu" or capped else None
 
 
 def prepare(model: nn.Module, lora_rank: int, computes_in_bf16: bool) -> nn.Module:
@@ -749,10 +755,21 @@ def prepare(model: nn.Module, lora_rank: int, computes_in_bf16: bool) -> nn.Modu
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
-        inject_adapter_in_model(config, model)
+        # In a list: of a whole mixture of experts peft would adapt other weights than its linear layers.
+        inject_adapter_in_model(config, nn.ModuleList([model.base_model]))
         for name, p in model.named_parameters():
             p.requires_grad_("lora_" in name)
     return model
+
+
+def adapted_share(model: nn.Module) -> float:
+    """The share of the decoder layers' matrix weights that have adapters."""
+    weights = [named for block in blocks_of(model) for named in block.named_parameters()]
+    sizes = {True: 0, False: 0}
+    for name, p in weights:
+        if p.dim() > 1 and "lora_" not in name:
+            sizes[".base_layer." in name] += p.numel()
+    return sizes[True] / sum(sizes.values())
 
 
 def empty_model(config: Any, device: torch.device, lora_rank: int, dtype: torch.dtype) -> nn.Module:
@@ -798,20 +815,20 @@ def check_model(model: nn.Module, name: str) -> None:
     adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name}
     for p in adapters.values():  # they start at zero, which would hide a mistake
         p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1])
-    expected = last_logits(model, texts)
-    limit = (1e-3 if model.dtype == torch.float32 else 2e-2) * max(1.0, expected.abs().max().item())
-    states = completion_states(model, [(ids, [0]) for ids in texts])
-    found = {"from hidden states": head_of(model).logits(states)}
     try:
+        expected = last_logits(model, texts)
+        states = completion_states(model, [(ids, [0]) for ids in texts])
+        found = {"from hidden states": head_of(model).logits(states)}
         _, mask_BL, cache = prefill(model, [ids[:-1] for ids in texts])
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(texts), 1)], 1)
         found["with a cache"] = next_logits(model, torch.tensor([ids[-1:] for ids in texts]), mask_BL, cache)
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        raise InputError(f"{name} cannot decode with a cache ({first_line(error)})") from error
-    if adapters:
-        saved = empty_model(model.config, model.device, 0, model.dtype)
-        saved.load_state_dict(dict(full_weights(model)), assign=True)
-        found["from the folder that would be saved"] = last_logits(saved, texts)
+        if adapters:
+            saved = empty_model(model.config, model.device, 0, model.dtype)
+            saved.load_state_dict(dict(full_weights(model)), assign=True)
+            found["from the folder that would be saved"] = last_logits(saved, texts)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{name} is not supported ({first_line(error)})") from error
+    limit = (1e-3 if model.dtype == torch.float32 else 2e-2) * max(1.0, expected.abs().max().item())
     for how, logits in found.items():
         gap = (logits - expected).abs().max().item()
         if not gap <= limit:
@@ -2111,7 +2128,9 @@ def sandbox_command() -> list[str]:
         for part in ("bin", "lib", "lib64", "pyvenv.cfg"):
             command += ["--ro-bind-try", f"{prefix}/{part}", f"{prefix}/{part}"]
     # If we run as root, the program's user owns /proc/sys: /proc must be read-only as well.
-    mounts = "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp/program"
+    mounts = (
+        "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp/program"
+    )
     return command + mounts.split()
 
 
