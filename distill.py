@@ -247,7 +247,7 @@ def to_row(raw: dict) -> dict:
         number = number.strip().replace(",", "")
         row |= {"prompt": raw["question"] + MATH_SUFFIX, "answer": number}
         row["completion"] = f"{worked.strip()}\n\\boxed{{{number}}}"
-    row["prompt"] = as_messages(row["prompt"])
+    row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
     return row
 
 

@@ -72,6 +72,7 @@ from common import (
     step_rows,
     token_logps,
     tokenize,
+    with_template,
 )
 
 # Prompts of the authors' code; the teacher reads REPROMPT in place of the last user message.
@@ -253,6 +254,7 @@ class Mark(NamedTuple):
     text: str
     reward: float  # r_i
     feedback: str  # f_i
+    spells: bool = False  # a special token, in the text or the feedback: the teacher would misread it
 
 
 class Sample(NamedTuple):
@@ -354,10 +356,7 @@ def to_row(raw: dict, train: bool = False) -> dict | None:
         row |= {"prompt": [{"role": "system", "content": SCIENCE_SYSTEM}, user], "answer": raw["answerKey"]}
     elif "golden_answer" in raw:  # ToolAlpaca
         row["answer"] = raw["golden_answer"]
-    elif raw.get("system"):  # the authors' JSON lines
-        system = {"role": "system", "content": raw["system"]}
-        row["prompt"] = [system, {"role": "user", "content": raw["prompt"]}]
-    row["prompt"] = as_messages(row["prompt"])
+    row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
     return row
 
 
@@ -379,16 +378,18 @@ def grade_groups(run: Any, mine: list, attempts: list, asked: list) -> list:
         for j, y, (reward, feedback) in zip(mine, attempts, verdicts, strict=True):
             if reward < SOLVED and not feedback:
                 feedback = asked[j].get("feedback", "")
-            marks.append((j, Mark(run.text(y), reward, feedback)))
+            text = run.text(y)
+            marks.append((j, Mark(text, reward, feedback, run.spells(text) or run.spells(feedback))))
         everyone = [mark for _, mark in sorted(run.gather(marks))]
     return [everyone[i : i + run.args.rollouts] for i in range(0, len(everyone), run.args.rollouts)]
 
 
 def hindsight(group: list, i: int, args: Args) -> tuple[str, str]:
     """(s_i, f_i) of attempt i: the first other success of its group, and its feedback; "" for none."""
-    others = [answer_of(mark.text) for j, mark in enumerate(group) if j != i and mark.reward >= SOLVED]
+    shown = [mark for j, mark in enumerate(group) if j != i and not mark.spells]
+    others = [answer_of(mark.text) for mark in shown if mark.reward >= SOLVED]
     solution = others[0] if others and args.hindsight != "feedback" else ""
-    feedback = group[i].feedback if args.hindsight != "solution" else ""
+    feedback = group[i].feedback if args.hindsight != "solution" and not group[i].spells else ""
     if args.hindsight == "solution_or_feedback" and solution:
         feedback = ""
     return solution, feedback
@@ -399,12 +400,11 @@ def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: A
 
     A solution that makes it too long loses its own end, never the question's or the prompt's.
     """
-    *before, last = row["prompt"]
     while solution or feedback:
         s = solution and fill_template(SOLUTION, solution=solution)
         f = feedback and fill_template(FEEDBACK, feedback=feedback)
-        content = fill_template(args.template, prompt=last["content"], solution=s, feedback=f)
-        ids = chat_ids(tokenizer, [*before, {"role": "user", "content": content}], row, args)
+        messages = with_template(row["prompt"], args.template, solution=s, feedback=f)
+        ids = chat_ids(tokenizer, messages, row, args)
         over = len(ids) - args.max_teacher_tokens
         if over <= 0:
             return ids
@@ -513,7 +513,8 @@ def search(run: Any, sampler: Any, student: Any, train: list, done: int) -> None
         mine, attempts = attempt(run, sampler, student, asked, step)
         [group] = grade_groups(run, mine, attempts, asked)
         found = first_success(run, group, step)
-        history += [mark.feedback for mark in group if mark.feedback and args.search == "multi_turn"]
+        told = [mark.feedback for mark in group if mark.feedback and not mark.spells]
+        history += told if args.search == "multi_turn" else []
         if run.end_step(step, found) or found["search/solved"]:
             return
 
@@ -560,7 +561,7 @@ def main(args: Args) -> None:
             )
         rows = [row for row in rows if row["id"] == args.question]
     train = tokenize(rows, tokenizer, args)
-    run = start_run(args, tokenizer, train, to_row)
+    run = start_run(args, tokenizer, train, to_row, graded=True)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
     run.say(
         f"sdpo: {len(train)} rows ({len(rows) - len(train)} too long, left out), {steps} steps of "
@@ -651,8 +652,12 @@ def main(args: Args) -> None:
             "distill/active_frac": n["active"] / n["attempts"],
             "teacher/dropped_prompts": n["dropped"],
         }
-        rewards = [mark.reward for group in groups for mark in group]
-        metrics |= {"rollout/reward": sum(rewards) / len(rewards), "teacher/distance": teacher.distance()}
+        marks = [mark for group in groups for mark in group]
+        metrics |= {
+            "rollout/reward": sum(mark.reward for mark in marks) / len(marks),
+            "rollout/special_tokens": sum(mark.spells for mark in marks),
+            "teacher/distance": teacher.distance(),
+        }
         silent = 0 if n["active"] or args.policy_weight else silent + 1
         if silent == 10:
             run.say(

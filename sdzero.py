@@ -219,7 +219,7 @@ def competition_row(raw: dict) -> dict:
             f"{raw['problem']}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
         )
         row["prompt"] = [system, {"role": "user", "content": question}]
-    row["prompt"] = as_messages(row["prompt"])
+    row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
     return row
 
 
@@ -280,7 +280,7 @@ def main(args: Args) -> None:
     fresh = fresh_questions(rows, reviser, args)
     fitting = tokenize(fresh, tokenizer, args)
     train = fitting[: args.questions or None]
-    run = start_run(args, tokenizer, train, competition_row)
+    run = start_run(args, tokenizer, train, competition_row, graded=True)
     run.files["srt.json"] = json.dumps(reviser._asdict(), indent=1)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
     run.say(
