@@ -297,7 +297,7 @@ def check_vocabularies(student: str, teacher: str) -> None:
     if rows[0] > rows[1]:
         raise InputError(
             f"--model {student} can draw {rows[0]} ids, of which --teacher {teacher} reads {rows[1]}; use a "
-            "teacher with as many embedding rows, or cut those of the student"
+            "teacher with as many, or shorten the student with model.resize_token_embeddings"
         )
 
 
@@ -1169,9 +1169,9 @@ def special_tokens(tokenizer: Any) -> re.Pattern:
 
 def end_of_turn(tokenizer: Any, args: Any) -> list:
     """The token with which the chat template ends an assistant's turn: EOS, or Gemma's <end_of_turn>."""
-    turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "1 answer"}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, **args.chat_kwargs)
-    end = special_tokens(tokenizer).match(text.rpartition("answer")[2].strip())
+    end = special_tokens(tokenizer).match(text.rpartition("1 answer")[2].strip())
     return [tokenizer.convert_tokens_to_ids(end[0]) if end else tokenizer.eos_token_id]
 
 
@@ -2420,7 +2420,7 @@ def check_gold(rows: list[dict], name: str) -> None:
             raise InputError(
                 f"{where}: missing 'answer' (found: {', '.join(row)}); --verifier {name} needs it"
             )
-        elif gold is None or gold != gold or str(gold).strip() == "":
+        elif gold in (None, [], {}) or gold != gold or str(gold).strip() == "":
             raise InputError(f"{where}: 'answer' is {json.dumps(gold)}; --verifier {name} needs an answer")
         elif name == "tool_use":
             try:
