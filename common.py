@@ -293,7 +293,7 @@ def check_vocabularies(student: str, teacher: str) -> None:
             f"--teacher {teacher} and --model {student} differ in vocabulary: token {token!r} is {ids}; "
             "they must share one tokenizer"
         )
-    rows = embedding_rows(student), embedding_rows(teacher)
+    rows = embedding_rows(student), embedding_rows(teacher, "--teacher")
     if rows[0] > rows[1]:
         raise InputError(
             f"--model {student} can draw {rows[0]} ids, of which --teacher {teacher} reads {rows[1]}; use a "
@@ -687,14 +687,14 @@ def load_tokenizer(source: str, flag: str = "--model") -> Any:
     return tokenizer
 
 
-def embedding_rows(source: str) -> int:
+def embedding_rows(source: str, flag: str = "--model") -> int:
     """How many token ids the model of a folder or hub id can read, without its weights."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(find_source(source)).get_text_config().vocab_size
     except (OSError, ValueError) as error:
-        raise InputError(f"{source}: no model config could be loaded ({first_line(error)})") from error
+        raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
 
 
 def load_model(
