@@ -752,7 +752,7 @@ def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, flag: 
     prepare(model.eval(), lora_rank, False)
     check_model(model, f"{flag} {source}: {type(model).__name__}")
     if lora_rank and (share := f"{adapted_share(model):.0%}") != "100%":
-        run.say(f"LoRA: adapters on {share} of the matrix weights; fused experts and convolutions have none")
+        run.say(f"LoRA: adapters on {share} of the matrix weights; others, such as fused experts, have none")
     model.config.dtype, model.computes_in_bf16 = saved_dtype, run.computes_in_bf16
     return model
 

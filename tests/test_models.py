@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -26,6 +27,7 @@ from common import (
     check_model,
     completion_states,
     distill_loss,
+    embedding_rows,
     full_weights,
     head_of,
     load_model,
@@ -216,6 +218,34 @@ def test_the_text_model_of_a_vision_language_folder_is_trained(lora, tmp_path, r
     model = load_model(str(tmp_path / "m"), run, lora)
     assert type(model).__name__ == "Qwen3_5ForCausalLM"
     assert torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("family, cap", [("Gemma3", None), ("Gemma4", 3.0)])
+def test_a_vision_language_folder_is_trained_on_text_and_saved_whole(family, cap, lora, tmp_path, run):
+    """The configuration of the text lies within another; what reads images stays untouched."""
+    folder = make_model(tmp_path / "m", "gemma2")  # for its tokenizer
+    text = AutoConfig.from_pretrained(folder).to_dict()
+    text = {key: text[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
+    text |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    text["final_logit_softcapping"] = cap
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision |= dict(image_size=16, patch_size=8, num_key_value_heads=2, head_dim=8)
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
+    getattr(transformers, f"{family}ForConditionalGeneration")(config).save_pretrained(folder)
+    before, rows = load_file(folder / "model.safetensors"), embedding_rows(str(folder))
+    model = load_model(str(folder), run, lora)
+    completion_states(model, PAIRS).sum().backward()
+    disturb = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert rows == 89 and disturb and not any("vision" in name for name in disturb)
+    disturb_lora(model)
+    run.tokenizer = load_tokenizer(str(folder))
+    run.out.mkdir()
+    save_folder(run, model, "last", "card")
+    reopened = AutoModelForCausalLM.from_pretrained(run.out / "last", attn_implementation="eager")
+    assert torch.allclose(reopened(IDS).logits, model(IDS).logits, atol=1e-4)
+    after = load_file(run.out / "last" / "model.safetensors")
+    assert after.keys() == before.keys()
 
 
 def test_the_check_leaves_adapters_at_zero_and_the_model_as_the_folder_has_it(tmp_path, run):

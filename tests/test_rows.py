@@ -14,6 +14,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 import sdpo
+import sdzero
+import srt
 from common import (
     InputError,
     Run,
@@ -243,6 +245,24 @@ def graded(script, tmp_path, row, more=""):
     tiny = SimpleNamespace(model=tmp_path / "m", teacher=tmp_path / "m", data=data, eval=data)
     tiny.eval = write(tmp_path / "eval.jsonl", [good])
     return run_here(script, tmp_path / "run", tiny, f"--verifier exact --dry-run {more}")
+
+
+@pytest.mark.parametrize("examples", [None, [{"input": "1"}], 7])
+def test_examples_of_a_programming_problem_that_are_missing(examples, tmp_path):
+    row = {"prompt": "Add", "input_format": "a line", "examples": examples}
+    data = write(tmp_path / "rows.jsonl", [row])
+    for module in (srt, sdzero):
+        with pytest.raises(InputError, match="rows.jsonl:1: "):
+            load_rows(data, module.competition_row)
+
+
+@pytest.mark.parametrize("completion", [None, [], [{"role": "assistant"}], 7, " "])
+def test_completions_that_are_no_text(completion, tmp_path):
+    make_model(tmp_path / "m")
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "so", "answer": "1", "completion": completion}])
+    tiny = SimpleNamespace(model=tmp_path / "m", teacher=tmp_path / "m", data=data, eval=data)
+    with pytest.raises(InputError, match="rows.jsonl:1: .*(completion|content)"):
+        run_here("distill", tmp_path / "run", tiny, "--dry-run --lmbda 0 --outputs completion")
 
 
 @pytest.mark.parametrize("answer", [None, "", " ", [], float("nan")])
