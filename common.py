@@ -296,7 +296,7 @@ class Teacher:
 
 
 def check_teacher(student: str, teacher: str) -> None:
-    """InputError unless a token has the same id on both sides, and one of them ends an answer on both."""
+    """InputError unless both sides have the same ids for the same tokens, and one that ends an answer."""
     tokenizer = load_tokenizer(student)
     ours, theirs = tokenizer.get_vocab(), load_tokenizer(teacher, "--teacher").get_vocab()
     for _, token in sorted((i, token) for token, i in ours.items() ^ theirs.items()):
@@ -309,6 +309,12 @@ def check_teacher(student: str, teacher: str) -> None:
     if not set(ours) & set(theirs):
         said = [tokenizer.convert_ids_to_tokens(ids) for ids in (theirs, ours)]
         raise InputError(f"--teacher {teacher} ends answers with {said[0]}, --model {student} with {said[1]}")
+    rows = embedding_rows(student), embedding_rows(teacher, "--teacher")
+    if rows[0] > rows[1]:
+        raise InputError(
+            f"--model {student} can draw {rows[0]} ids, of which --teacher {teacher} reads {rows[1]}; use a "
+            "teacher with as many, or shorten the student with model.resize_token_embeddings"
+        )
 
 
 def stop_ids(source: str, flag: str = "--model") -> list:
@@ -674,7 +680,7 @@ def _clipped(log_ratio: Tensor, clip: float) -> Tensor:
 
 def head_of(model: nn.Module) -> Head:
     """The output head. Under FSDP it is whole from a forward to a backward pass or `parameters_of`."""
-    layer, config = model.get_output_embeddings(), model.config
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None) or 0.0
     return Head(layer.weight, layer.bias, scale, softcap, model.computes_in_bf16)
@@ -711,6 +717,16 @@ def load_tokenizer(source: str, flag: str = "--model") -> Any:
             f"{flag} {source}: the tokenizer has no EOS token; set tokenizer.eos_token and save it"
         )
     return tokenizer
+
+
+def embedding_rows(source: str, flag: str = "--model") -> int:
+    """How many token ids the model of a folder or hub id can read, without its weights."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(find_source(source)).get_text_config().vocab_size
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
 
 
 def load_model(
@@ -761,22 +777,28 @@ def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, flag: 
         config = AutoConfig.from_pretrained(path)
         saved_dtype = config.dtype
         attention = attention_of(config, run.device)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as error:
+        options = dict(dtype=dtype, attn_implementation=attention, output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
+    for missing in sorted(loading["missing_keys"]):  # transformers would leave them random
+        raise InputError(f"{flag} {source}: no weights for {missing} in it, which {type(model).__name__} has")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling parameters beside do_sample = false, which save_pretrained refuses
         model.generation_config.do_sample = True
     prepare(model.eval(), lora_rank, False)
     check_model(model, f"{flag} {source}: {type(model).__name__}")
+    if lora_rank and (share := f"{adapted_share(model):.0%}") != "100%":
+        run.say(f"LoRA: adapters on {share} of the matrix weights; others, such as fused experts, have none")
     model.config.dtype, model.computes_in_bf16 = saved_dtype, run.computes_in_bf16
     return model
 
 
 def attention_of(config: Any, device: torch.device) -> str | None:
     """Eager where SDPA is slow (backward on CPU) or wrong (Gemma 2's soft-cap); else the model's default."""
-    return "eager" if device.type == "cpu" or getattr(config, "attn_logit_softcapping", None) else None
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if device.type == "cpu" or capped else None
 
 
 def prepare(model: nn.Module, lora_rank: int, computes_in_bf16: bool) -> nn.Module:
@@ -787,10 +809,21 @@ def prepare(model: nn.Module, lora_rank: int, computes_in_bf16: bool) -> nn.Modu
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
-        inject_adapter_in_model(config, model)
+        # In a list: of a whole mixture of experts peft would adapt other weights than its linear layers.
+        inject_adapter_in_model(config, nn.ModuleList([model.base_model]))
         for name, p in model.named_parameters():
             p.requires_grad_("lora_" in name)
     return model
+
+
+def adapted_share(model: nn.Module) -> float:
+    """The share of the decoder layers' matrix weights that have adapters."""
+    weights = [named for block in blocks_of(model) for named in block.named_parameters()]
+    sizes = {True: 0, False: 0}
+    for name, p in weights:
+        if p.dim() > 1 and "lora_" not in name:
+            sizes[".base_layer." in name] += p.numel()
+    return sizes[True] / sum(sizes.values())
 
 
 def empty_model(config: Any, device: torch.device, lora_rank: int, dtype: torch.dtype) -> nn.Module:
@@ -841,24 +874,23 @@ def check_model(model: nn.Module, name: str) -> None:
     adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name}
     for p in adapters.values():  # they start at zero, which would hide a mistake
         p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1])
-    expected = last_logits(model, texts)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
-    limit = tolerance * max(1.0, expected.abs().max().item())
-    pairs = [(ids[:4], [*ids[4:], 0]) for ids in texts]
-    model.shares_prompts = False
-    states = completion_states(model, pairs)
-    found = {"from hidden states": head_of(model).logits(states[[5, 8]])}  # after the whole texts
+    pairs, model.shares_prompts = [(ids[:4], [*ids[4:], 0]) for ids in texts], False
     try:
+        expected = last_logits(model, texts)
+        states = completion_states(model, pairs)
+        found = {"from hidden states": head_of(model).logits(states[[5, 8]])}  # after the whole texts
         _, mask_BL, cache = prefill(model, [ids[:-1] for ids in texts])
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(texts), 1)], 1)
         last = next_states(model, torch.tensor([ids[-1:] for ids in texts]), mask_BL, cache)[:, 0]
         found["with a cache"] = head_of(model).logits(last)
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        raise InputError(f"{name} cannot decode with a cache ({first_line(error)})") from error
-    if adapters:
-        saved = empty_model(model.config, model.device, 0, model.dtype)
-        saved.load_state_dict(dict(full_weights(model)), assign=True)
-        found["from the folder that would be saved"] = last_logits(saved, texts)
+        if adapters:
+            saved = empty_model(model.config, model.device, 0, model.dtype)
+            saved.load_state_dict(dict(full_weights(model)), assign=True)
+            found["from the folder that would be saved"] = last_logits(saved, texts)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{name} is not supported ({first_line(error)})") from error
+    tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
+    limit = tolerance * max(1.0, expected.abs().max().item())
     for how, logits in found.items():
         gap = (logits - expected).abs().max().item()
         if not gap <= limit:
@@ -995,14 +1027,13 @@ def load_file(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def naming_row(where: str, columns: Any = ()) -> Any:
+def naming_row(where: str, columns: Any = None) -> Any:
     """Whatever fails between a line of a file and its token ids becomes one sentence with file and row."""
     try:
         yield
     except KeyError as error:
-        raise InputError(
-            f"{where}: missing column {error} (found: {', '.join(columns)}); see --help"
-        ) from error
+        found = ", ".join(name for name, value in (columns or {}).items() if value is not None)
+        raise InputError(f"{where}: missing column {error} (found: {found}); see --help") from error
     except Exception as error:  # templates raise errors of many libraries
         raise InputError(f"{where}: {first_line(error)}") from error
 
@@ -1048,7 +1079,7 @@ def read_raw(source: str, flag: str) -> list:
     try:
         if Path(source).is_file():
             data = datasets.Dataset.from_parquet(source)
-        elif Path(name).is_dir():
+        elif any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(name)
         elif Path(source).suffix in (".jsonl", ".json", ".parquet"):
             raise FileNotFoundError("no such file")
@@ -1072,7 +1103,10 @@ def read_raw(source: str, flag: str) -> list:
 def read_json(path: Path) -> list:
     """One JSON array, or JSON lines, whatever the file is called. Lines end at \\n only."""
     with naming_row(path.name):
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError("not UTF-8 text; unpack or convert the file first") from error
     if re.match(r"\s*\[\s*(\{|\])", text):
         with naming_row(path.name):
             return list(enumerate(json.loads(text), 1))
@@ -1083,21 +1117,45 @@ def read_json(path: Path) -> list:
     return rows
 
 
-def as_messages(prompt: str | list) -> list:
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def as_messages(prompt: str | list, system: str = "") -> list:
     """Text becomes one user message; in a list of messages, text parts are joined and None keys dropped."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+        raise TypeError("a prompt is text, or a list of chat messages that ends with the user's or a tool's")
+    messages = without_none([{"role": "system", "content": system}, *prompt] if system else prompt)
     for message in messages:
-        if isinstance(message.get("content"), list):
-            if any(part.get("type") != "text" for part in message["content"]):
+        content = message.get("content", "" if "tool_calls" in message else None)
+        if isinstance(content, list):
+            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
                 raise ValueError("a message has a part that is not text")
-            message["content"] = "".join(part["text"] for part in message["content"])
-    if not messages or messages[-1].get("role") != "user":
-        raise ValueError("a prompt is text, or a list of chat messages that ends with the user's")
+            message["content"] = content = "".join(part["text"] for part in content)
+        if message.get("role") not in ROLES or not isinstance(content, str):
+            raise ValueError(f"a chat message has a role of {', '.join(ROLES)}, and a text as content")
+    roles = [message["role"] for message in messages]
+    if "user" not in roles or roles[-1] not in ("user", "tool"):
+        raise ValueError("a prompt is text, or a list of chat messages that ends with the user's or a tool's")
     if not messages[-1]["content"].strip():
         raise ValueError("the prompt is empty")
     return messages
+
+
+def without_none(value: Any) -> Any:
+    """Without the None keys that parquet files give to every message and tool."""
+    if isinstance(value, dict):
+        return {key: without_none(part) for key, part in value.items() if part is not None}
+    return [without_none(part) for part in value] if isinstance(value, list) else value
+
+
+def with_template(messages: list, template: str, **values: str) -> list:
+    """The teacher's template in the place of the last user message, or after a tool's message."""
+    question = [message["content"] for message in messages if message["role"] == "user"][-1]
+    content = fill_template(template, prompt=question, **values)
+    kept = messages[:-1] if messages[-1]["role"] == "user" else messages
+    return [*kept, {"role": "user", "content": content}]
 
 
 def fill_template(template: str, **values: str) -> str:
@@ -1119,6 +1177,7 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
             if "teacher_messages" in row:
                 row["teacher_ids"] = chat_ids(tokenizer, row["teacher_messages"], row, args)
             if "expert_text" in row:  # what a baseline or an off-policy step learns word for word
+                check_text(tokenizer, row["expert_text"])
                 words = tokenizer(row["expert_text"], add_special_tokens=False)["input_ids"]
                 row["completion_ids"] = words + end_of_turn(tokenizer, args)
     kept = [
@@ -1133,16 +1192,37 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
 
 
 def chat_ids(tokenizer: Any, messages: list, row: dict, args: Any) -> list:
-    options = dict(add_generation_prompt=True, tokenize=True, return_dict=False, tools=row.get("tools"))
+    """The token ids of a prompt; `tools` may be a list or its JSON text."""
+    tools = row.get("tools")
+    tools = without_none(json.loads(tools) if isinstance(tools, str) else tools)
+    for message in messages:
+        check_text(tokenizer, message.get("content", ""))
+    options = dict(add_generation_prompt=True, tokenize=True, return_dict=False, tools=tools)
     return tokenizer.apply_chat_template(messages, **options, **args.chat_kwargs)
+
+
+def check_text(tokenizer: Any, text: str) -> None:
+    """ValueError for text that cannot be encoded, or that would be read as a special token."""
+    text.encode()  # a lone surrogate
+    if found := special_tokens(tokenizer).search(text):
+        raise ValueError(f"the text {found[0]} would be read as a special token; remove or rewrite it")
+
+
+@functools.lru_cache(maxsize=4)
+def special_tokens(tokenizer: Any) -> re.Pattern:
+    """Finds what the tokenizer reads as a special token; <think> and the like are none."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile(
+        "|".join(map(re.escape, sorted({*added, *tokenizer.all_special_tokens}, key=len)[::-1]))
+    )
 
 
 def end_of_turn(tokenizer: Any, args: Any) -> list:
     """The token with which the chat template ends an assistant's turn: EOS, or Gemma's <end_of_turn>."""
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "1 answer"}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, **args.chat_kwargs)
-    ids = tokenizer(text.rpartition("b")[2].strip(), add_special_tokens=False)["input_ids"]
-    return ids[:1] if ids and ids[0] in tokenizer.all_special_ids else [tokenizer.eos_token_id]
+    end = special_tokens(tokenizer).match(text.rpartition("1 answer")[2].strip())
+    return [tokenizer.convert_tokens_to_ids(end[0]) if end else tokenizer.eos_token_id]
 
 
 def step_rows(rows: list, step: int, per_step: int, n: int, seed: int) -> list:
@@ -1349,6 +1429,10 @@ class Run:
     def text(self, y: Rollout) -> str:
         return self.tokenizer.decode(y.ids, skip_special_tokens=True)
 
+    def spells(self, text: str) -> bool:
+        """Whether a special token stands in a text, which would be read as one."""
+        return special_tokens(self.tokenizer).search(text) is not None
+
     def grade(self, rows: list, rollouts: list) -> list:
         """(reward, feedback) of each rollout by the verifier; row["truncated"] tells it of a cut-off one."""
         pairs = zip(rows, rollouts, strict=True)
@@ -1399,15 +1483,19 @@ class Run:
         return stop
 
 
-def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any) -> Run:
-    """Verifier, evaluation sets, process group from torchrun's environment, output folder, signals."""
+def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any, graded: bool = False) -> Run:
+    """Verifier, evaluation sets, process group from torchrun's environment, output folder, signals.
+
+    `graded`: training needs what the verifier reads of `rows`, not only evaluation.
+    """
     import transformers
 
     run = Run(args, tokenizer)
     run.verify = load_verifier(args.verifier, args.unsafe_code)
     run.evals = load_evals(args, to_row, tokenizer)
-    for evals in run.evals.values():
-        check_gold(evals, args.verifier)
+    evals = [row for rows_of_set in run.evals.values() for row in rows_of_set]
+    check_gold([*rows, *evals] if graded else evals, args.verifier)
+    check_ids([*rows, *evals], tokenizer, args.model)
     check_engine(args, run.world)
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise InputError(f"--wandb-project {args.wandb_project} needs wandb: pip install wandb")
@@ -1430,6 +1518,18 @@ def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any) -> Run:
     signal.signal(signal.SIGTERM, request_stop)
     signal.signal(signal.SIGINT, request_stop)
     return run
+
+
+def check_ids(rows: list, tokenizer: Any, model: str) -> None:
+    """InputError if a row contains a token that the model's embedding does not have."""
+    size = embedding_rows(model)
+    for row in rows:
+        top = max(max(row[key], default=0) for key in row if key.endswith("_ids"))
+        if top >= size:
+            raise InputError(
+                f"{row['where']}: token {tokenizer.decode([top])!r} has id {top}, but the embedding of "
+                f"--model {model} has {size} rows; use the tokenizer that it was trained with"
+            )
 
 
 def claim_folder(run: Run, rows: list) -> str:
@@ -2438,7 +2538,7 @@ def check_gold(rows: list[dict], name: str) -> None:
             raise InputError(
                 f"{where}: missing 'answer' (found: {', '.join(row)}); --verifier {name} needs it"
             )
-        elif gold is None or str(gold).strip() == "":
+        elif gold in (None, [], {}) or gold != gold or str(gold).strip() == "":
             raise InputError(f"{where}: 'answer' is {json.dumps(gold)}; --verifier {name} needs an answer")
         elif name == "tool_use":
             try:

@@ -232,7 +232,9 @@ def to_row(raw: dict) -> dict:
         number = number.strip().replace(",", "")
         row |= {"prompt": raw["question"] + MATH_SUFFIX, "answer": number}
         row["completion"] = f"{worked.strip()}\n\\boxed{{{number}}}"
-    row["prompt"] = as_messages(row["prompt"])
+    row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
+    if isinstance(row.get("completion"), list):  # chat messages: the assistant's
+        row["completion"] = row["completion"][-1]["content"] if row["completion"] else None
     return row
 
 
@@ -241,8 +243,6 @@ def training_rows(args: Args) -> list:
     rows = load_rows(args.data, to_row)
     for row in rows:
         completion = row.pop("completion", None)
-        if isinstance(completion, list):  # chat messages: the assistant's
-            completion = completion[-1]["content"] if completion else None
         if args.lmbda < 1 and args.outputs == "completion":
             if not isinstance(completion, str) or not completion.strip():
                 where = f"{row['where']}: no 'completion' in this row"

@@ -45,7 +45,6 @@ from common import (
     distill_loss,
     evaluate,
     explain,
-    fill_template,
     head_of,
     launch,
     learning_rate,
@@ -62,6 +61,7 @@ from common import (
     step_rows,
     token_logps,
     tokenize,
+    with_template,
 )
 
 
@@ -254,7 +254,7 @@ def to_row(raw: dict) -> dict | None:
             "prompt": [{"role": "system", "content": SCIENCE_SYSTEM}, {"role": "user", "content": question}]
         }
         row["answer"] = raw["answerKey"]
-    row["prompt"] = as_messages(row["prompt"])
+    row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
     return row
 
 
@@ -264,14 +264,10 @@ def to_training_row(raw: dict, args: Args) -> dict | None:
     if row and "teacher_prompt" in row:
         row["teacher_messages"] = as_messages(row["teacher_prompt"])
     elif row:
-        *before, last = row["prompt"]
-        if not row["privileged_context"].strip():
-            raise ValueError("the privileged_context is empty; the teacher needs a demonstration")
-        values = dict(prompt=last["content"], demonstration=row["privileged_context"])
-        row["teacher_messages"] = [
-            *before,
-            {"role": "user", "content": fill_template(args.template, **values)},
-        ]
+        demonstration = row["privileged_context"]
+        if not isinstance(demonstration, str) or not demonstration.strip():
+            raise ValueError("the privileged_context is empty or no text; the teacher needs a demonstration")
+        row["teacher_messages"] = with_template(row["prompt"], args.template, demonstration=demonstration)
     if row and args.method != "sdft":
         row["expert_text"] = row["privileged_context"]
     return row

@@ -73,6 +73,7 @@ from common import (
     step_rows,
     token_logps,
     tokenize,
+    with_template,
 )
 
 # Prompts of the authors' code; the teacher reads REPROMPT in place of the last user message.
@@ -265,6 +266,7 @@ class Mark(NamedTuple):
     text: str
     reward: float  # r_i
     feedback: str  # f_i
+    spells: bool = False  # a special token, in the text or the feedback: the teacher would misread it
 
 
 class Sample(NamedTuple):
@@ -336,10 +338,7 @@ def to_row(raw: dict, train: bool = False) -> dict | None:
         row |= {"prompt": [{"role": "system", "content": SCIENCE_SYSTEM}, user], "answer": raw["answerKey"]}
     elif "golden_answer" in raw:  # ToolAlpaca
         row["answer"] = raw["golden_answer"]
-    elif raw.get("system"):  # the authors' JSON lines
-        user = {"role": "user", "content": raw["prompt"]}
-        row["prompt"] = [{"role": "system", "content": raw["system"]}, user]
-    row["prompt"] = as_messages(row["prompt"])
+    row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
     return row
 
 
@@ -351,16 +350,18 @@ def grade_groups(run: Any, places: list, rows: list, attempts: list) -> list:
         for place, row, y, (reward, feedback) in zip(places, rows, attempts, verdicts, strict=True):
             if reward < run.args.success and not feedback:
                 feedback = row.get("feedback", "")
-            marks.append((place, Mark(run.text(y), reward, feedback)))
+            text = run.text(y)
+            marks.append((place, Mark(text, reward, feedback, run.spells(text) or run.spells(feedback))))
         everyone = [mark for _, mark in sorted(run.gather(marks))]
     return [everyone[i : i + G] for i in range(0, len(everyone), G)]
 
 
 def hindsight(group: list, i: int, args: Args) -> tuple[str, str]:
     """(s_i, f_i) of attempt i: the first other success of its group, and its feedback; "" for none."""
-    others = [answer_of(mark.text) for j, mark in enumerate(group) if j != i and mark.reward >= args.success]
+    shown = [mark for j, mark in enumerate(group) if j != i and not mark.spells]
+    others = [answer_of(mark.text) for mark in shown if mark.reward >= args.success]
     solution = others[0] if others and args.hindsight != "feedback" else ""
-    feedback = group[i].feedback if args.hindsight != "solution" else ""
+    feedback = group[i].feedback if args.hindsight != "solution" and not group[i].spells else ""
     if args.hindsight == "solution_or_feedback" and solution:
         feedback = ""
     return solution, feedback
@@ -371,12 +372,11 @@ def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: A
 
     A solution that makes it too long loses its own end, never the question's or the prompt's.
     """
-    *before, last = row["prompt"]
     while solution or feedback:
         s = solution and fill_template(SOLUTION, solution=solution)
         f = feedback and fill_template(FEEDBACK, feedback=feedback)
-        content = fill_template(args.template, prompt=last["content"], solution=s, feedback=f)
-        ids = chat_ids(tokenizer, [*before, {"role": "user", "content": content}], row, args)
+        messages = with_template(row["prompt"], args.template, solution=s, feedback=f)
+        ids = chat_ids(tokenizer, messages, row, args)
         over = len(ids) - args.max_teacher_tokens
         if over <= 0:
             return ids
@@ -486,7 +486,7 @@ def main(args: Args) -> None:
     if not rows:
         raise InputError(f"--question {args.question}: the rows of {args.data} are {places}")
     train = tokenize(rows, tokenizer, args)
-    run = start_run(args, tokenizer, train, to_row)
+    run = start_run(args, tokenizer, train, to_row, graded=True)
     run.success = args.success
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
     run.say(
@@ -533,7 +533,8 @@ def main(args: Args) -> None:
             run.log(step, found)
             break
         if args.search != "sdpo":  # the baselines ask again, without training
-            history += [mark.feedback for mark in groups[0] if mark.feedback and args.search == "multi_turn"]
+            told = [mark.feedback for mark in groups[0] if mark.feedback and not mark.spells]
+            history += told if args.search == "multi_turn" else []
             if run.end_step(step, found):
                 return
             continue
@@ -593,8 +594,9 @@ def main(args: Args) -> None:
         metrics = {**totals.metrics(run), **rollout_metrics(run, attempts), **found, "train/lr": lr}
         active = sum(s.context is not None and any(s.mask) for s in samples)
         n = run.sum(active=active, dropped=dropped)
-        rewards = [mark.reward for group in groups for mark in group]
-        metrics["rollout/reward"] = sum(rewards) / len(rewards)
+        marks = [mark for group in groups for mark in group]
+        metrics["rollout/reward"] = sum(mark.reward for mark in marks) / len(marks)
+        metrics["rollout/special_tokens"] = sum(mark.spells for mark in marks)
         metrics["distill/active_frac"] = n["active"] / len(asked)
         metrics["teacher/dropped_prompts"] = n["dropped"]
         metrics["teacher/distance"] = teacher.distance()

@@ -220,7 +220,7 @@ def competition_row(raw: dict) -> dict:
             f"{raw['problem']}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
         )
         row["prompt"] = [system, {"role": "user", "content": question}]
-    row["prompt"] = as_messages(row["prompt"])
+    row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
     return row
 
 
@@ -283,7 +283,7 @@ def main(args: Args) -> None:
     train = fitting
     if 0 < args.questions < len(fitting):
         train = random.Random(args.seed).sample(fitting, args.questions)
-    run = start_run(args, tokenizer, train, competition_row)
+    run = start_run(args, tokenizer, train, competition_row, graded=True)
     run.files["srt.json"] = json.dumps(reviser._asdict(), indent=1)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
     run.say(

@@ -251,7 +251,7 @@ def competition_row(raw: dict) -> dict:
         system = {"role": "system", "content": SYSTEM.format("math")}
         task = "Please reason step by step, and put your final answer within \\boxed{}."
         row["prompt"] = [system, {"role": "user", "content": f"{raw['problem']}\n\n{task}"}]
-    row["prompt"] = as_messages(row["prompt"])
+    row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
     return row
 
 
@@ -329,7 +329,8 @@ def attempts_and_revisions(run: Any, sampler: Any, student: Any, rows: list, rev
 
 def with_text(run: Any, y: Rollout, text: str) -> Rollout:
     """The answer with a cleaned text; where nothing had to be cleaned its tokens stay the sampled ones."""
-    words, end = run.tokenizer(text, add_special_tokens=False)["input_ids"], y.ids[len(y.without_eos()) :]
+    plain = dict(add_special_tokens=False, split_special_tokens=True)  # spelled ones stay text
+    words, end = run.tokenizer(text, **plain)["input_ids"], y.ids[len(y.without_eos()) :]
     return y if text == run.text(y) else y._replace(ids=words + end)
 
 
@@ -430,7 +431,7 @@ def main(args: Args) -> None:
         questions = min(args.questions or len(train), len(train))
         asked = step_rows(train, 1, questions, args.attempts, args.seed)
         what = f"{questions} of {len(rows)} rows ({len(rows) - len(train)} too long, left out)"
-    run = start_run(args, tokenizer, asked, competition_row)
+    run = start_run(args, tokenizer, asked, competition_row, graded=not args.train_only)
     run.say(f"{args.method}: {what} on {run.world} x {run.device.type}")
     if args.dry_run:
         shown = asked[0]["prompt_ids"] + reviser.phrase_ids(tokenizer, False)

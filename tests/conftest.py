@@ -50,6 +50,37 @@ def worlds(request):
         builder.send_signal(signal.SIGINT)  # which cleans up behind itself
 
 
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+SHARED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1)
+SHARED |= dict(first_k_dense_replace=1, n_group=1, topk_group=1)
+LATENT = dict(q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+HYBRID = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2)
+HYBRID |= dict(linear_num_value_heads=4, layer_types=["linear_attention", "full_attention"])
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4)
+FAMILIES = {
+    "qwen3": ("Qwen3Config", {}),
+    "llama": ("LlamaConfig", {}),
+    "gemma2": ("Gemma2Config", {}),
+    "gpt2": ("GPT2Config", {}),
+    "granite": ("GraniteConfig", {}),
+    "cohere": ("CohereConfig", {}),
+    "qwen3_5": ("Qwen3_5TextConfig", HYBRID),
+    "qwen3_next": ("Qwen3NextConfig", HYBRID | EXPERTS | {"shared_expert_intermediate_size": 16}),
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": ("GptOssConfig", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
+    "glm4_moe": ("Glm4MoeConfig", SHARED),
+    "deepseek_v3": ("DeepseekV3Config", SHARED | LATENT | {"num_key_value_heads": 4}),
+    "falcon_h1": ("FalconH1Config", {**MAMBA, "mamba_d_ssm": 64}),
+    "granite_hybrid": (
+        "GraniteMoeHybridConfig",
+        {**MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0},
+    ),
+    "jamba": ("JambaConfig", dict(mamba_d_state=4, attn_layer_period=2, attn_layer_offset=1, num_experts=2)),
+    "mamba": ("MambaConfig", dict(state_size=4)),
+}
+
+
 def make_model(folder: Path, family: str = "qwen3", seed: int = 0, **changes) -> Path:
     """A saved random model of `family` with the laptop world's tokenizer; its weights are large."""
     import transformers
@@ -67,16 +98,9 @@ def make_model(folder: Path, family: str = "qwen3", seed: int = 0, **changes) ->
         shape |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
         shape |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
         shape |= dict(pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False)
-    config_class = {
-        "qwen3": "Qwen3Config",
-        "llama": "LlamaConfig",
-        "gemma2": "Gemma2Config",
-        "gpt2": "GPT2Config",
-        "granite": "GraniteConfig",
-        "cohere": "CohereConfig",
-    }[family]
+    config_class, own = FAMILIES[family]
     torch.manual_seed(seed)
-    config = getattr(transformers, config_class)(**shape | changes)
+    config = getattr(transformers, config_class)(**shape | own | changes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -6,17 +6,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import make_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    GenerationConfig,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from common import (
     InputError,
     Objective,
     Run,
+    attention_of,
     check_model,
     completion_states,
     distill_loss,
+    embedding_rows,
     full_weights,
     head_of,
     load_model,
@@ -35,6 +46,7 @@ FAMILIES = [
     ("gemma2", {"final_logit_softcapping": 3.0}),
     ("granite", {"logits_scaling": 6.0}),
     ("cohere", {"logit_scale": 0.3}),
+    ("qwen3_5", {}),
 ]
 
 
@@ -96,7 +108,9 @@ def test_a_model_whose_decoding_disagrees_is_refused(forgotten, tmp_path, run):
         check_model(model, "--model m")
 
 
-@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, TypeError, ValueError])
+@pytest.mark.parametrize(
+    "error", [AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError]
+)
 def test_a_model_that_cannot_decode_with_our_cache_is_refused(error, tmp_path, run):
     model = load_model(str(make_model(tmp_path / "m")), run)
     read = model.read
@@ -107,7 +121,7 @@ def test_a_model_that_cannot_decode_with_our_cache_is_refused(error, tmp_path, r
         return read(**inputs)
 
     model.read = failing
-    with pytest.raises(InputError, match=r"^--model m cannot decode with a cache \(a cache of my own\)$"):
+    with pytest.raises(InputError, match=r"^--model m is not supported \(a cache of my own\)$"):
         check_model(model, "--model m")
 
 
@@ -122,6 +136,116 @@ def test_adapters_that_the_saved_folder_would_not_contain_are_refused(tmp_path, 
         match="^--model m is not supported: its logits from the folder that would be saved differ by ",
     ):
         check_model(model, "--model m")
+
+
+EXPERTS = {"qwen3_moe": 33, "qwen3_next": 48, "mixtral": 11, "gpt_oss": 11, "glm4_moe": 69, "deepseek_v3": 72}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_adapters_of_a_mixture_of_experts_are_on_its_linear_layers_alone(family, tmp_path, run, capsys):
+    """Left to itself peft adapts fused experts and routers, and forgets shared experts and dense layers."""
+    folder = make_model(tmp_path / "m", family)
+    model = load_model(str(folder), run, lora_rank=2)
+    assert f"LoRA: adapters on {EXPERTS[family]}% of the matrix weights" in capsys.readouterr().out
+    linear = {
+        name
+        for name, module in AutoModelForCausalLM.from_pretrained(folder).named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    assert linear == {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2"])
+def test_nothing_is_said_when_every_matrix_has_adapters(family, tmp_path, run, capsys):
+    load_model(str(make_model(tmp_path / "m", family)), run, lora_rank=2)
+    assert "LoRA" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["mamba", "jamba"])
+def test_recurrent_models_that_our_cache_or_our_folder_cannot_hold_are_refused(family, tmp_path, run):
+    folder = make_model(tmp_path / "m", family)
+    with pytest.raises(InputError, match=r"m: \w+ForCausalLM is not supported"):
+        load_model(str(folder), run, lora_rank=2)
+
+
+def test_a_folder_without_some_weights_is_refused(tmp_path, run):
+    """transformers makes random ones up and prints a table."""
+    folder = make_model(tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="m: no weights for model.layers.1.mlp.up_proj.weight in it"):
+        load_model(str(folder), run)
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="m: no model could be loaded"):
+        load_model(str(folder), run)
+
+
+@pytest.mark.parametrize(
+    "family, changes, attention",
+    [
+        ("gemma2", {}, "eager"),
+        ("gemma2", {"attn_logit_softcapping": None}, "sdpa"),
+        ("gpt_oss", {}, "eager"),
+        ("qwen3_5", {}, "sdpa"),
+    ],
+)
+def test_attention_on_cuda_is_what_the_model_asks_for(family, changes, attention, tmp_path):
+    """SDPA would leave out Gemma 2's soft-cap; gpt-oss, with its sinks, knows it cannot use SDPA."""
+    config = AutoConfig.from_pretrained(make_model(tmp_path / "m", family, **changes))
+    asked = attention_of(config, torch.device("cuda"))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=asked)
+    assert model.config._attn_implementation == attention
+    assert (
+        attention_of(
+            Gemma3Config(text_config={**changes, "attn_logit_softcapping": 50.0}), torch.device("cuda")
+        )
+        == "eager"
+    )
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_text_model_of_a_vision_language_folder_is_trained(lora, tmp_path, run):
+    """Qwen3.5 is published as one; what is saved is the text model."""
+    plain = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "m", "qwen3_5"))
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
+    config = Qwen3_5Config(text_config=plain.config.to_dict(), vision_config=vision)
+    both = Qwen3_5ForConditionalGeneration(config)
+    both.model.language_model.load_state_dict(plain.model.state_dict())
+    both.lm_head.load_state_dict(plain.lm_head.state_dict())
+    both.save_pretrained(tmp_path / "m")
+    model = load_model(str(tmp_path / "m"), run, lora)
+    assert type(model).__name__ == "Qwen3_5ForCausalLM"
+    assert torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("family, cap", [("Gemma3", None), ("Gemma4", 3.0)])
+def test_a_vision_language_folder_is_trained_on_text_and_saved_whole(family, cap, lora, tmp_path, run):
+    """The configuration of the text lies within another; what reads images stays untouched."""
+    folder = make_model(tmp_path / "m", "gemma2")  # for its tokenizer
+    text = AutoConfig.from_pretrained(folder).to_dict()
+    text = {key: text[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
+    text |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    text["final_logit_softcapping"] = cap
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision |= dict(image_size=16, patch_size=8, num_key_value_heads=2, head_dim=8)
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
+    getattr(transformers, f"{family}ForConditionalGeneration")(config).save_pretrained(folder)
+    before, rows = load_file(folder / "model.safetensors"), embedding_rows(str(folder))
+    model = load_model(str(folder), run, lora)
+    completion_states(model, PAIRS).sum().backward()
+    disturb = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert rows == 89 and disturb and not any("vision" in name for name in disturb)
+    disturb_lora(model)
+    run.tokenizer = load_tokenizer(str(folder))
+    run.out.mkdir()
+    save_folder(run, model, "last", "card")
+    reopened = AutoModelForCausalLM.from_pretrained(run.out / "last", attn_implementation="eager")
+    assert torch.allclose(reopened(IDS).logits, model(IDS).logits, atol=1e-4)
+    after = load_file(run.out / "last" / "model.safetensors")
+    assert after.keys() == before.keys()
 
 
 def test_the_check_leaves_adapters_at_zero_and_the_model_as_the_folder_has_it(tmp_path, run):
@@ -243,7 +367,8 @@ def test_merged_weights_are_the_adapted_model_and_leave_it_untouched(family, tmp
 
 @pytest.mark.parametrize(
     "family, lora, changes",
-    [("qwen3", 0, {}), ("qwen3", 2, {}), ("llama", 0, {"tie_word_embeddings": True}), ("gemma2", 2, {})],
+    [("qwen3", 0, {}), ("qwen3", 2, {}), ("llama", 0, {"tie_word_embeddings": True}), ("gemma2", 2, {})]
+    + [(family, 2, {}) for family in ("qwen3_5", "falcon_h1", "granite_hybrid", *EXPERTS)],
 )
 def test_a_saved_folder_reopens_and_generates_the_same_tokens(family, lora, changes, tmp_path, run):
     model = load_model(str(make_model(tmp_path / "m", family, **changes)), run, lora)

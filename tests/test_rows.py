@@ -1,5 +1,7 @@
 """Data: every format and data set's columns, errors with file and row, templates that survive any text."""
 
+import gzip
+import importlib
 import json
 import re
 from types import SimpleNamespace
@@ -7,14 +9,21 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import toy
+from conftest import make_model, run_here
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 import sdpo
+import sdzero
+import srt
 from common import (
     InputError,
     Run,
     as_messages,
     chat_ids,
+    check_ids,
     claim_folder,
+    end_of_turn,
     fill_template,
     load_evals,
     load_rows,
@@ -23,6 +32,7 @@ from common import (
 )
 from sdft import Args, to_row, to_training_row
 
+SCRIPTS = ["sdft", "sdpo", "srt", "sdzero", "distill"]
 ROWS = [{"prompt": f"zig:{i}", "answer": str(i)} for i in range(5)]
 
 
@@ -76,6 +86,39 @@ def test_lines_end_at_newlines_only(mark, tmp_path):
     assert got[1]["where"] == "rows.jsonl:2"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
+    assert load_rows(str(tmp_path / "rows.jsonl"), same)[0]["prompt"] == "a"
+
+
+def test_a_downloaded_folder_of_parquet_files_is_read(tmp_path):
+    """As `huggingface-cli download` leaves it, in one split or in several, and without a README too."""
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    with pytest.raises(InputError, match="set: no data could be loaded from there .*any data files"):
+        load_rows(str(folder), same)
+    datasets.Dataset.from_list(ROWS).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A set\n")
+    assert [row["answer"] for row in load_rows(str(folder), same)] == ["0", "1", "2", "3", "4"]
+    datasets.Dataset.from_list(ROWS[3:]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    with pytest.raises(InputError, match="set has the splits train, test; name one, as in .*set@train"):
+        load_rows(str(folder), same)
+    assert [row["answer"] for row in load_rows(f"{folder}@test", same)] == ["3", "4"]
+    with pytest.raises(InputError, match="set@best: no data could be loaded from there .*'train', 'test'"):
+        load_rows(f"{folder}@best", same)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="broken.parquet: no data could be loaded from there"):
+        load_rows(f"{tmp_path}/broken.parquet", same)
+
+
+def test_evaluation_sets_of_the_same_name_keep_apart(tmp_path):
+    for name, part in (("a", ROWS[:2]), ("b", ROWS[2:])):
+        split = datasets.Dataset.from_list(part)
+        datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / name)
+    args = Args(eval_data=(f"{tmp_path}/a@test", f"{tmp_path}/b@test"))
+    assert [len(rows) for rows in load_evals(args, to_row, toy.make_tokenizer()).values()] == [2, 3]
+
+
 def test_two_splits_need_a_name(tmp_path):
     """As evaluation data too: it never is the training split by accident."""
     split = datasets.Dataset.from_list(ROWS)
@@ -105,14 +148,37 @@ def test_two_splits_need_a_name(tmp_path):
         ('{"prompt": "a", "privileged_context": " "}\n', "rows.jsonl:1: the privileged_context is empty"),
         ('{"prompt": "", "privileged_context": "b"}\n', "rows.jsonl:1: the prompt is empty"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', "rows.jsonl:1: .*ends with the user's"),
-        ('{"prompt": null, "privileged_context": "b"}\n', "rows.jsonl:1: missing column 'prompt'"),
+        (
+            '{"prompt": null, "privileged_context": "b"}\n',
+            r"rows.jsonl:1: missing column 'prompt' \(found: privileged_context\)",
+        ),
         ('{"prompt": 7, "privileged_context": "b"}\n', "rows.jsonl:1: "),
         ('{"prompt": ["a"], "privileged_context": "b"}\n', "rows.jsonl:1: "),
-        ('{"prompt": "a", "privileged_context": 7}\n', "rows.jsonl:1: "),
+        ('{"prompt": "a", "privileged_context": 7}\n', "rows.jsonl:1: the privileged_context is .* no text"),
+        (
+            '{"prompt": "a", "privileged_context": [{}]}\n',
+            "rows.jsonl:1: the privileged_context is .* no text",
+        ),
+        ('{"prompt": {"role": "user"}}\n', "rows.jsonl:1: a prompt is text, or a list of chat messages"),
+        ('{"prompt": "a", "system": 7}\n', "rows.jsonl:1: a chat message has a role of"),
+        ('{"prompt": [{"role": "user"}]}\n', "rows.jsonl:1: a chat message has a role of"),
+        ('{"prompt": [{"content": "a"}]}\n', "rows.jsonl:1: a chat message has a role of"),
+        ('{"prompt": [{"role": "human", "content": "a"}]}\n', "rows.jsonl:1: a chat message has a role of"),
+        ('{"prompt": [{"role": "user", "content": 7}]}\n', "rows.jsonl:1: a chat message has a role of"),
+        ('{"prompt": [{"role": "user", "content": ["a"]}]}\n', "rows.jsonl:1: .* a part that is not text"),
+        (
+            '{"prompt": [{"role": "tool", "content": "a"}]}\n',
+            "rows.jsonl:1: .*ends with the user's or a tool's",
+        ),
+        ('{"data": [\n{"prompt": "a"}]}\n', "rows.jsonl:1: not a JSON object"),
+        ("[" * 100000, "rows.jsonl:1: not a JSON object: maximum recursion depth"),
+        ("caf\xe9".encode("latin-1"), "rows.jsonl: not UTF-8 text; unpack or convert the file first"),
+        ('{"prompt": "a"}'.encode("utf-16"), "rows.jsonl: not UTF-8 text; unpack or convert the file first"),
+        (gzip.compress(b'{"prompt": "a"}'), "rows.jsonl: not UTF-8 text; unpack or convert the file first"),
     ],
 )
 def test_errors_name_file_and_row(text, message, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(text)
+    (tmp_path / "rows.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message) as error:
         load_rows(str(tmp_path / "rows.jsonl"), training_row)
     assert "\n" not in str(error.value)
@@ -169,6 +235,116 @@ def test_a_template_that_fails_names_file_and_row():
     with pytest.raises(InputError, match="f:1: no system role"):
         tokenize(rows, tokenizer, Args())
     assert tokenize(rows[:1], tokenizer, Args())
+
+
+def graded(script, tmp_path, row, more=""):
+    """A dry run of the script on one good row and this one; its own row where the script needs more."""
+    make_model(tmp_path / "m")
+    good = {"prompt": "zig:1", "answer": "1", "privileged_context": "so1>1;", "completion": "1"}
+    data = write(tmp_path / "rows.jsonl", [good, {**good, **row}])
+    tiny = SimpleNamespace(model=tmp_path / "m", teacher=tmp_path / "m", data=data, eval=data)
+    tiny.eval = write(tmp_path / "eval.jsonl", [good])
+    return run_here(script, tmp_path / "run", tiny, f"--verifier exact --dry-run {more}")
+
+
+@pytest.mark.parametrize("examples", [None, [{"input": "1"}], 7])
+def test_examples_of_a_programming_problem_that_are_missing(examples, tmp_path):
+    row = {"prompt": "Add", "input_format": "a line", "examples": examples}
+    data = write(tmp_path / "rows.jsonl", [row])
+    for module in (srt, sdzero):
+        with pytest.raises(InputError, match="rows.jsonl:1: "):
+            load_rows(data, module.competition_row)
+
+
+@pytest.mark.parametrize("completion", [None, [], [{"role": "assistant"}], 7, " "])
+def test_completions_that_are_no_text(completion, tmp_path):
+    make_model(tmp_path / "m")
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "so", "answer": "1", "completion": completion}])
+    tiny = SimpleNamespace(model=tmp_path / "m", teacher=tmp_path / "m", data=data, eval=data)
+    with pytest.raises(InputError, match="rows.jsonl:1: .*(completion|content)"):
+        run_here("distill", tmp_path / "run", tiny, "--dry-run --lmbda 0 --outputs completion")
+
+
+@pytest.mark.parametrize("answer", [None, "", " ", [], float("nan")])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_training_rows_that_are_graded_need_an_answer(script, answer, tmp_path):
+    if script in ("sdft", "distill"):  # which only evaluate with the verifier
+        with pytest.raises(FileNotFoundError):  # the dry run went through and left no metrics
+            graded(script, tmp_path, {"answer": answer})
+    else:
+        with pytest.raises(InputError, match="rows.jsonl:2: .*answer.*--verifier exact needs"):
+            graded(script, tmp_path, {"answer": answer})
+
+
+def test_a_token_beyond_the_embedding_is_named_with_its_row(tmp_path):
+    """A tokenizer with words added after the model was made; unused ones do no harm (Gemma 3 has one)."""
+    make_model(tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    tokenizer.add_tokens(["<late>"])
+    rows = tokenize(
+        [{"prompt": as_messages(text), "where": f"f:{i}"} for i, text in enumerate(("so", "<late>"))],
+        tokenizer,
+        Args(),
+    )
+    check_ids(rows[:1], tokenizer, str(tmp_path / "m"))
+    with pytest.raises(
+        InputError, match="f:1: token '<late>' has id 89, but the embedding of --model .* 89 rows"
+    ):
+        check_ids(rows, tokenizer, str(tmp_path / "m"))
+    tokenizer.save_pretrained(tmp_path / "m")
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "<late>", "privileged_context": "so", "answer": "1"}])
+    tiny = SimpleNamespace(model=tmp_path / "m", teacher="", data=data, eval=data)
+    with pytest.raises(InputError, match="rows.jsonl:1: token '<late>' has id 89"):
+        run_here("sdft", tmp_path / "run", tiny, "--dry-run")
+
+
+# ---- Special tokens
+
+
+def test_a_text_that_spells_a_special_token_is_refused():
+    """It would end the turn; the template's own are none of the text, and <think> is an ordinary token."""
+    tokenizer, chat = toy.make_tokenizer(), [{"role": "assistant", "content": "<|user|>"}]
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_tokens([AddedToken("<late>", special=True)])  # as Gemma 3 has <end_of_turn>
+    rows = [
+        {"prompt": as_messages("so<think>no</think>"), "where": "f:1", "expert_text": "<|END|> < | end | >"}
+    ]
+    assert tokenize(rows, tokenizer, Args())
+    user = as_messages("so")
+    for column, value in (
+        ("prompt", as_messages("so<|end|>no")),
+        ("prompt", as_messages("so", "<|pad|>")),
+        ("prompt", chat + user),
+        ("prompt", as_messages("<late>")),
+        ("teacher_messages", as_messages("so<|end|>")),
+        ("expert_text", "no<late>"),
+    ):
+        bad = {"prompt": user, "where": "f:2", column: value}
+        with pytest.raises(InputError, match=r"f:2: the text <.*> would be read as a special token"):
+            tokenize([*rows, bad], tokenizer, Args())
+
+
+@pytest.mark.parametrize("text", ["so\ud800", "\udfff"])
+def test_a_lone_surrogate_is_named_with_its_row(text):
+    rows = [{"prompt": as_messages(text), "where": "f:3"}]
+    with pytest.raises(InputError, match="f:3: .*surrogates not allowed"):
+        tokenize(rows, toy.make_tokenizer(), Args())
+    rows = [{"prompt": as_messages("so"), "expert_text": text, "where": "f:4"}]
+    with pytest.raises(InputError, match="f:4: .*surrogates not allowed"):
+        tokenize(rows, toy.make_tokenizer(), Args())
+
+
+@pytest.mark.parametrize("end", ["<end_of_turn>", "<answer_ends>", "<|end|>", ""])
+def test_a_turn_ends_as_the_template_ends_it(end):
+    """Gemma's <end_of_turn> is not its EOS; without a special token it is."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in ("<end_of_turn>", "<answer_ends>")])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}" + end + "\n{% endfor %}"
+    )
+    [row] = tokenize([{"prompt": as_messages("so"), "expert_text": "no", "where": "f:1"}], tokenizer, Args())
+    assert tokenizer.decode(row["completion_ids"]) == "no" + (end or tokenizer.eos_token)
+    assert end_of_turn(tokenizer, Args()) == [tokenizer.convert_tokens_to_ids(end or "<|end|>")]
 
 
 # ---- Prompts
@@ -314,7 +490,54 @@ def test_other_data_is_refused_on_resume(tmp_path):
     assert claim(rows, resume=True, save_every=7) == ""
 
 
-def test_a_prompt_that_ends_with_a_tool_message_is_refused():
-    """The teacher's template would stand in its place and hide that a tool spoke."""
-    with pytest.raises(ValueError, match="ends with the user's"):
-        as_messages([{"role": "user", "content": "q"}, {"role": "tool", "content": "42"}])
+# ---- Tools and systems
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"enum": None}}}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["list", "text"])
+def test_tools_reach_the_template_without_null_keys(tools):
+    """Parquet files fill the schema of every tool with None; many sets keep tools as JSON text."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    shown = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *args, **options: shown(*args, **{**options, "tokenize": False})
+    text = chat_ids(tokenizer, as_messages("so"), {"tools": tools}, Args())
+    assert '"name": "f"' in text and '"x": {}' in text and "null" not in text
+
+
+def test_a_prompt_may_end_with_a_tools_message():
+    """Then the template follows as a new user message: the tool's stays a tool's."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "x": None}}]}
+    prompt = [{"role": "user", "content": "so"}, call, {"role": "tool", "content": "42"}]
+    row = training_row({"prompt": prompt, "privileged_context": "no"})
+    assert row["prompt"][1] == {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    *before, last = row["teacher_messages"]
+    assert before == row["prompt"]
+    assert last == training_row({"prompt": "so", "privileged_context": "no"})["teacher_messages"][0]
+    args = sdpo.Args(template="{prompt};{solution}{feedback}")
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] or 'ok'")
+    tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])
+    ids = sdpo.teacher_ids(sdpo.to_row({"prompt": prompt}), "no", "", tokenizer, args)
+    assert tokenizer.decode(ids).startswith(
+        "<|user|>so<|end|><|assistant|>ok<|end|><|tool|>42<|end|><|user|>so;"
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_authors_own_columns(script):
+    """SDPO's JSON lines as they are shipped: `system` is the prompt's, null where there is none."""
+    module = importlib.import_module(script)
+    convert = getattr(module, "competition_row", None) or module.to_row
+    science = {"idx": 7, "kind": "mcq", "dataset": "sciknoweval", "answer": "B", "elo": 1500}
+    science |= {"prompt": "Which?\n\nA: x\nB: y", "description": "d", "tests": "-", "embedding": []}
+    row = convert({**science, "system": "\nGiven a question"})
+    assert row["answer"] == "B"
+    assert row["prompt"] == [
+        {"role": "system", "content": "\nGiven a question"},
+        {"role": "user", "content": "Which?\n\nA: x\nB: y"},
+    ]
+    tools = {"kind": "tooluse", "prompt": "Your task", "answer": '[{"Action": "f", "Action_Input": "{}"}]'}
+    assert convert({**tools, "elo": 1500})["prompt"] == as_messages("Your task")
+    assert convert({**tools, "system": ""})["prompt"] == as_messages("Your task")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import JUDGE, ROOT, checkpoint, flags_of, launch, metrics_of, part, run_here
+from conftest import JUDGE, ROOT, checkpoint, flags_of, launch, make_model, metrics_of, part, run_here
 
 import common
 
@@ -114,6 +114,27 @@ def test_resume_continues_bit_for_bit(more, tiny, tmp_path, monkeypatch):
     )
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
     assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_hybrid_model_draws_trains_and_resumes(script, tiny, tmp_path, monkeypatch):
+    """Qwen3.5: recurrent layers beside attention. tests/test_sharding.py has it on several processes."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    make_model(tmp_path / "m", "qwen3_5")
+    hybrid = SimpleNamespace(**{**vars(tiny), "model": tmp_path / "m"})
+    more = "--lora-rank 2" if script in ("sdpo", "srt") else ""
+    more += "" if script == "distill" else f" --verifier {tmp_path}/judge.py:judge"
+    whole = run_here(script, tmp_path / "whole", hybrid, f"{more} --save-every 1 --tokens-per-batch 100")
+    assert all(row["train/grad_norm"] > 0 for row in whole[1:])
+    assert script == "srt" or all(row["rollout/logp_gap_max"] < 1e-3 for row in whole[1:])
+    with monkeypatch.context() as patch:
+        killed_after(2, patch)
+        with pytest.raises(MemoryError):
+            run_here(script, tmp_path / "cut", hybrid, f"{more} --save-every 1 --tokens-per-batch 100")
+    resumed = run_here(
+        script, tmp_path / "cut", hybrid, f"{more} --save-every 1 --tokens-per-batch 100 --resume"
+    )
+    same(resumed, whole, rel=0)
 
 
 def test_resuming_a_run_without_a_checkpoint_begins_again(tiny, tmp_path, monkeypatch):

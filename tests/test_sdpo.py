@@ -98,6 +98,32 @@ def test_feedback_alone_stands_in_where_no_other_attempt_succeeded():
     assert hindsight([lone[0], lone[0]], 0, Args(hindsight="solution")) == ("", "")
 
 
+def test_an_attempt_that_spells_a_special_token_is_shown_to_nobody():
+    """Neither its text nor its feedback; it still has its reward, and others still teach it."""
+    spelt = Mark("b", 1.0, "fb", spells=True)
+    group = [Mark("a", 0.0, "fa"), spelt, Mark("c", 1.0, "fc")]
+    assert [hindsight(group, i, Args(hindsight="both")) for i in range(3)] == [
+        ("c", "fa"),
+        ("c", ""),
+        ("", "fc"),
+    ]
+    assert hindsight([spelt, spelt], 0, Args()) == ("", "")
+
+
+@pytest.mark.parametrize(
+    "text, feedback, spells",
+    [("4", "no", 0), ("4<|end|>", "no", 1), ("4", "wrong<|pad|>", 1), ("<|other|>", "< |end|>", 0)],
+)
+def test_attempts_that_spell_a_special_token_are_counted(text, feedback, spells, tiny, tmp_path, monkeypatch):
+    """A model can write the characters of <|end|> as ordinary tokens; read again they would end the turn."""
+    (tmp_path / "judge.py").write_text(f"def judge(completion, row):\n    return 1.0, {feedback!r}\n")
+    monkeypatch.setattr("common.Run.text", lambda run, y: text)
+    more = f"--verifier {tmp_path}/judge.py:judge --steps 1 --prompts-per-step 2"
+    row = run_here("sdpo", tmp_path / "run", tiny, more)[1]
+    assert row["rollout/special_tokens"] == 6 * spells
+    assert row["distill/active_frac"] == 1 - spells
+
+
 @pytest.mark.parametrize("reward, least, solved", [(0.5, 0.5, 1), (0.49, 0.5, 0), (0.6, 1.0, 0), (1.0, 1.0, 1)])
 def test_success_threshold(reward, least, solved):
     """Trap 45: at least .5 (authors' code), or --success 1 (paper)."""
@@ -276,7 +302,7 @@ def test_solved_at_test_time_means_all_tests(more, tests, tiny, tmp_path, monkey
     raw = {**CODE_RAW, "private_test_cases": json.dumps(private)}
     (tmp_path / "raw.jsonl").write_text(json.dumps(raw) + "\n")
     seen = []
-    monkeypatch.setattr(sdpo, "start_run", lambda args, tokenizer, rows, to_row: seen.extend(rows) or 1 / 0)
+    monkeypatch.setattr(sdpo, "start_run", lambda args, tokenizer, rows, *_, **more: seen.extend(rows) or 1 / 0)
     monkeypatch.setattr(sdpo, "tokenize", lambda rows, *_: rows)
     with pytest.raises(ZeroDivisionError):
         run_here("sdpo", tmp_path / "r", tiny, f"--data {tmp_path}/raw.jsonl {more}")

@@ -351,9 +351,9 @@ def test_a_part_of_the_questions_is_drawn_by_the_seed(tiny, tmp_path, monkeypatc
     """Not the first rows of the file; with 0 all of them, in their order."""
     seen, start = [], sdzero.start_run
 
-    def watched(args, tokenizer, rows, to_row):
+    def watched(args, tokenizer, rows, to_row, graded):
         seen.append([row["id"] for row in rows])
-        return start(args, tokenizer, rows, to_row)
+        return start(args, tokenizer, rows, to_row, graded)
 
     monkeypatch.setattr(sdzero, "start_run", watched)
     for i, more in enumerate(("--questions 6", "--questions 6", "--questions 6 --seed 1", "", "--questions 99")):

@@ -54,13 +54,16 @@ RUNS = {
         "--lora-rank 2 --objective policy_gradient --mini-batch 6 --tokens-per-batch 60 --mask-truncated",
     ),
     "gpt2": ("sdft", "--model {gpt2} --teacher base --lora-rank 1 --steps 2"),
+    "hybrid": ("sdft", "--model {hybrid} --steps 2"),
+    "hybrid-lora": ("sdft", "--model {hybrid} --lora-rank 2 --steps 2"),
+    "experts-lora": ("sdft", "--model {experts} --lora-rank 2 --steps 2"),
 }
 GRADIENTS = [
     (model, rank, teacher)
     for model in ("model", "tied")
     for rank in (0, 2)
     for teacher in ("base", "trust_region")
-]
+] + [("hybrid", 0, "base"), ("hybrid", 2, "base")]
 
 
 def torchrun(n: int, jobs: list[tuple[str, str, str]], tiny: SimpleNamespace) -> None:
@@ -94,6 +97,8 @@ def world(tiny, tmp_path_factory) -> SimpleNamespace:
     place = dict(
         tied=make_model(folder / "tied", tie_word_embeddings=True),
         gpt2=make_model(folder / "gpt2", "gpt2"),
+        hybrid=make_model(folder / "hybrid", "qwen3_5"),
+        experts=make_model(folder / "experts", "glm4_moe"),
         judge=f"{folder}/judge.py:judge",
     )
     flags = {
@@ -211,7 +216,7 @@ def test_every_process_holds_its_share(n, world):
     } == {n}
 
 
-@pytest.mark.parametrize("name", ["sdft", "sdft-tied", "sdft-lora", "gpt2"])
+@pytest.mark.parametrize("name", ["sdft", "sdft-tied", "sdft-lora", "gpt2", "hybrid-lora"])
 def test_a_saved_folder_is_the_trained_model(name, world):
     """last/ of two processes: gathered, adapters merged, tied heads once; the weights of one process."""
     from safetensors.torch import load_file
@@ -219,7 +224,7 @@ def test_a_saved_folder_is_the_trained_model(name, world):
     one, two = (load_file(world.out(name, n) / "last" / "model.safetensors") for n in (1, 2))
     assert one.keys() == two.keys() and not any("lora" in key for key in one)
     assert all(torch.allclose(two[key], tensor, atol=2e-5) for key, tensor in one.items())
-    assert ("lm_head.weight" in one) == (name in ("sdft", "sdft-lora"))
+    assert ("lm_head.weight" in one) == (name not in ("sdft-tied", "gpt2"))
     assert (world.out(name, 1) / "last" / "config.json").read_text() == (
         world.out(name, 2) / "last" / "config.json"
     ).read_text()
@@ -233,7 +238,7 @@ def rewind(world, name: str, n: int, to: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["sdft", "sdft-lora", "sdzero"])
+@pytest.mark.parametrize("name", ["sdft", "sdft-lora", "sdzero", "hybrid"])
 def test_two_processes_are_continued_by_one(name, world):
     """sdzero after step 3, between two syncs: the teacher is the student of step 2 until step 4."""
     out = rewind(world, name, 2, f"2-1-{name}")

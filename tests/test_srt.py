@@ -172,6 +172,13 @@ def test_a_cleaned_revision_is_verified_again_and_its_tokens_are_new(scripted, m
     assert records[("9", 0)]["y1_ids"] == TOKENIZER("6")["input_ids"] + [TOKENIZER.eos_token_id]
 
 
+def test_a_cleaned_answer_keeps_the_spelling_of_special_tokens_as_text():
+    run = SimpleNamespace(tokenizer=TOKENIZER, text=lambda y: "so<|end|>" + "0123456789" * 3)
+    y = Rollout([7, TOKENIZER.eos_token_id], [0.0, 0.0], True)
+    y = srt.with_text(run, y, srt.trim_repeats(run.text(y)))
+    assert y.ids.count(TOKENIZER.eos_token_id) == 1 and len(y.ids) > 12
+
+
 # ---- A killed collection
 
 

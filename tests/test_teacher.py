@@ -201,9 +201,9 @@ def test_another_model_as_teacher(tmp_path, student, run):
     assert torch.equal(logits(teacher), now) and teacher.distance() == 0
 
 
-@pytest.mark.parametrize("ours, theirs", [(89, 120), (120, 89), (100, 120)])
+@pytest.mark.parametrize("ours, theirs", [(89, 120), (120, 120), (100, 120)])
 def test_heads_padded_to_different_sizes_are_cut_to_the_smaller(ours, theirs, tmp_path, run):
-    """The loss is that of the first rows of both heads; the student's other rows do not move."""
+    """The loss is that of the first rows of both heads."""
     student = load_model(str(make_model(tmp_path / "ours", vocab_size=ours)), run)
     teacher = Teacher(str(make_model(tmp_path / "theirs", vocab_size=theirs, seed=5)), 0.1, student, run)
     n = min(ours, theirs)
@@ -215,6 +215,15 @@ def test_heads_padded_to_different_sizes_are_cut_to_the_smaller(ours, theirs, tm
     assert loss.item() == pytest.approx((log_q.exp() * (log_q - log_p)).sum().item(), rel=1e-4)
     grad = student.lm_head.weight.grad
     assert (grad[n:] == 0).all() and grad[:n].norm() > 0.1
+
+
+@pytest.mark.parametrize("ours, theirs", [(120, 89), (121, 120)])
+def test_a_teacher_that_lacks_ids_of_the_student_is_refused(ours, theirs, tmp_path, run):
+    """The student may draw an id of its padding, which the teacher could not read."""
+    student = load_model(str(make_model(tmp_path / "ours", vocab_size=ours)), run)
+    other = make_model(tmp_path / "theirs", vocab_size=theirs)
+    with pytest.raises(InputError, match=f"can draw {ours} ids, of which --teacher .* reads {theirs}; use a"):
+        Teacher(str(other), 0.1, student, run)
 
 
 def test_another_tokenizer_is_refused_by_its_first_token(tmp_path, student, run):
