@@ -81,6 +81,7 @@ REPROMPT = "{prompt}{solution}{feedback}\n\nCorrectly solve the original questio
 SOLUTION = "\nCorrect solution:\n\n{solution}"
 FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}"
 MULTI_TURN = REPROMPT.replace("{feedback}", "\n{feedback}")  # of the baseline, with a blank line
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # GRPO's clipping of the ratio student/sampler (section 3)
 
 
 @dataclass
@@ -313,7 +314,7 @@ def livecodebench_row(raw: dict, half: bool = False) -> dict | None:
     tests = {"inputs": [case["input"] for case in cases], "outputs": [case["output"] for case in cases]}
     function = json.loads(raw.get("metadata") or "{}").get("func_name")
     tests |= {"testtype": cases[0]["testtype"], "fn_name": function, "time_limit": 6}
-    return {**raw, "prompt": prompt, "tests": tests}
+    return {**raw, "prompt": as_messages(prompt), "tests": tests}
 
 
 def private_tests(text: str) -> list[dict]:
@@ -326,9 +327,9 @@ def private_tests(text: str) -> list[dict]:
 
 def to_row(raw: dict, train: bool = False) -> dict | None:
     """A data set's columns as ours: prompt, and what the verifier reads. None: the paper leaves it out."""
-    row = livecodebench_row(raw, half=train) if "private_test_cases" in raw else dict(raw)
-    if row is None:
-        return None
+    row = dict(raw)
+    if "private_test_cases" in raw:
+        return livecodebench_row(raw, half=train)
     if "answerKey" in raw:  # SciKnowEval
         if raw["details"]["level"] != "L3" or raw["type"] not in ("mcq-4-choices", "mcq-2-choices"):
             return None
@@ -415,9 +416,6 @@ def sdpo_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args
         distilled, stats = distill_loss(h_ND, head, targets, y_N, scaled_N, objective_of(args), behaviour_N)
         loss = loss + distilled
     return loss, stats, weight_N, logps_N
-
-
-CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # GRPO's clipping of the ratio student/sampler (section 3)
 
 
 def objective_of(args: Args) -> Objective:

@@ -13,7 +13,8 @@ Run    python srt.py && python sdzero.py     # the laptop world, both phases: CP
 Differs from the paper: D is half forward and half reverse KL on the reviser's 64 likeliest tokens, as in the
 authors' code (Eq. 4 is the reverse KL: --divergence reverse_kl --support full). From the authors' code: the
 first copy of y stands without its EOS, as in phase 1; an answer too long to be read twice is left out and
-counted, not cut; questions of phase 1 are not asked again; the rate warms up from 1/20 of its peak, not 1/10.
+counted, not cut; questions of phase 1 are not asked again; the rate warms up from 1/20 of its peak, not 1/10;
+both phases ask and revise in one prompt format, where theirs have three.
 """
 
 from __future__ import annotations

@@ -348,7 +348,7 @@ def check(folder: Path, name: str) -> dict:
     head = common.head_of(student)
     if script == "sdpo":
         micro = [module.Sample(0, x, c, y, nothing[:len(y)], [True] * len(y), 0.0) for x, c, y in taught]
-        counts = {"attempts": len(triples), "tokens": total, "all_tokens": total}
+        counts = {"attempts": len(triples), "tokens": total}
         loss = module.sdpo_loss(h_ND, head, targets, micro, counts, args)[0]
     elif script == "sdft":
         micro = [module.Sample(x, c, y, nothing[:len(y)], [True] * len(y)) for x, c, y in taught]

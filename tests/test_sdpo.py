@@ -244,7 +244,7 @@ def test_rows_have_the_authors_prompt_and_all_tests():
     row = livecodebench_row(CODE_RAW)
     assert row["contest_date"] == "2025-04-30"
     assert row["tests"] == {**ADD, "time_limit": 6}
-    assert row["prompt"] == (
+    assert row["prompt"][0]["content"] == (
         "You are a coding expert. You will be given a coding problem, and you need to write a correct Python "
         "program that matches the specification and passes all tests. The time limit is 1 second. "
         "You may start by outlining your thought process. In the end, please provide the complete "
@@ -252,7 +252,7 @@ def test_rows_have_the_authors_prompt_and_all_tests():
         "following signature: ```python\ndef add(numbers: List[int], more: int) -> int:\n```"
     )
     stdin = livecodebench_row({**CODE_RAW, "starter_code": "", "private_test_cases": "[]", "metadata": "{}"})
-    assert stdin["prompt"].endswith("Add {them} up.")
+    assert stdin["prompt"][0]["content"].endswith("Add {them} up.")
     assert stdin["tests"]["fn_name"] is None
 
 
