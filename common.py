@@ -1039,7 +1039,7 @@ def naming_row(where: str, columns: Any = None) -> Any:
 
 
 def load_rows(source: str, convert: Any, flag: str = "--data") -> list:
-    """Rows of a JSON or parquet file, save_to_disk folder or hub id name:config@split, through `convert`.
+    """Rows of a JSON or parquet file, a folder of data or hub id name:config@split, through `convert`.
 
     Each row has its place in the file, as `id` (17) and `where` ("train.jsonl:17"). `convert` maps a data
     set's columns to ours and returns None for a row that the paper's filter leaves out. SOURCE#train and
