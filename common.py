@@ -1054,6 +1054,43 @@ def fill_template(template: str, **values: str) -> str:
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
 
 
+def is_turns(template: str) -> bool:
+    """Whether a --template is a JSON list of chat messages, not text."""
+    return re.match(r'\s*\[\s*\{\s*"', template) is not None
+
+
+def template_turns(template: str) -> list:
+    return as_messages(json.loads(template) if is_turns(template) else template)
+
+
+def fill_turns(template: str, **values: str) -> list:
+    """What the teacher reads in place of the last user message: the filled template, as chat messages.
+
+    In a JSON list, a message with a place whose value is empty is dropped.
+    """
+    empty = [f"{{{name}}}" for name, value in values.items() if is_turns(template) and not value]
+    turns = [
+        turn for turn in template_turns(template) if not any(place in turn["content"] for place in empty)
+    ]
+    return [{**turn, "content": fill_template(turn["content"], **values)} for turn in turns]
+
+
+def check_template(template: str, *places: str) -> None:
+    """InputError unless every place is in the template; in a JSON list the question comes last, by itself."""
+    missing = [place for place in places if place not in template]
+    if missing:
+        raise InputError(f"--template needs the placeholders {', '.join(missing)}")
+    try:
+        texts = [turn["role"] and turn["content"].strip() for turn in template_turns(template)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        like = '[{"role": "user", "content": "{prompt}"}]'
+        raise InputError(
+            f"--template: expected text, or a JSON list such as {like} ({first_line(error)})"
+        ) from error
+    if is_turns(template) and [place for place in places if place in texts[-1]] != ["{prompt}"]:
+        raise InputError("--template: its last message must contain {prompt} and no other placeholder")
+
+
 def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
     """The rows with their token ids, made once, never decoded and encoded again; too long ones are left out.
 
@@ -2111,7 +2148,9 @@ def sandbox_command() -> list[str]:
         for part in ("bin", "lib", "lib64", "pyvenv.cfg"):
             command += ["--ro-bind-try", f"{prefix}/{part}", f"{prefix}/{part}"]
     # If we run as root, the program's user owns /proc/sys: /proc must be read-only as well.
-    mounts = "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp/program"
+    mounts = (
+        "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp/program"
+    )
     return command + mounts.split()
 
 

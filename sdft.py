@@ -40,11 +40,12 @@ from common import (
     Teacher,
     Totals,
     as_messages,
+    check_template,
     completion_states,
     distill_loss,
     evaluate,
     explain,
-    fill_template,
+    fill_turns,
     head_of,
     launch,
     learning_rate,
@@ -76,7 +77,8 @@ class PaperArgs:
         "\n{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
         "Now answer with a response of your own, including the thinking process.\n"
     )
-    """What the teacher reads in place of the last user message (section 3; wording of the authors' code)."""
+    """What the teacher reads in place of the last user message: text (section 3; wording of the authors'
+    code), or chat messages as a JSON list."""
     generate_from: Literal["student", "teacher"] = "student"
     """What draws y. teacher is the off-policy ablation: y ~ teacher(.|x, c); needs --is-cap 0."""
     divergence: Divergence = "forward_kl"
@@ -258,10 +260,7 @@ def to_training_row(raw: dict, args: Args) -> dict | None:
         if not row["privileged_context"].strip():
             raise ValueError("the privileged_context is empty; the teacher needs a demonstration")
         values = dict(prompt=last["content"], demonstration=row["privileged_context"])
-        row["teacher_messages"] = [
-            *before,
-            {"role": "user", "content": fill_template(args.template, **values)},
-        ]
+        row["teacher_messages"] = [*before, *fill_turns(args.template, **values)]
     if row and args.method != "sdft":
         row["expert_text"] = row["privileged_context"]
     return row
@@ -309,8 +308,7 @@ def check(args: Args, vocabulary: int) -> None:
         )
     if args.support == "sampled" and args.generate_from == "teacher":
         raise InputError("--support sampled needs tokens that the student drew, not --generate-from teacher")
-    if "{prompt}" not in args.template or "{demonstration}" not in args.template:
-        raise InputError("--template needs the placeholders {prompt} and {demonstration}")
+    check_template(args.template, "{prompt}", "{demonstration}")
 
 
 def main(args: Args) -> None:

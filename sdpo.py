@@ -51,12 +51,15 @@ from common import (
     answer_of,
     as_messages,
     chat_ids,
+    check_template,
     completion_states,
     distill_loss,
     evaluate,
     explain,
     fill_template,
+    fill_turns,
     head_of,
+    is_turns,
     launch,
     learning_rate,
     load_model,
@@ -92,7 +95,8 @@ class PaperArgs:
     hindsight: Literal["solution_or_feedback", "solution", "feedback", "both"] = "solution_or_feedback"
     """What the teacher reads: s_i, else f_i (authors' code); or one of them alone; or both (table 6)."""
     template: str = REPROMPT
-    """What the teacher reads in place of the last user message."""
+    """What the teacher reads in place of the last user message: text, or chat messages as a JSON list; there
+    {solution} and {feedback} are the bare texts, and a message with an empty one is dropped."""
     divergence: Divergence = "jsd"
     """D per token: forward_kl = KL(teacher||student), reverse_kl the other way, jsd, mixed = both KLs."""
     support: Support = "student_topk"
@@ -401,10 +405,12 @@ def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: A
     """
     *before, last = row["prompt"]
     while solution or feedback:
-        s = solution and fill_template(SOLUTION, solution=solution)
-        f = feedback and fill_template(FEEDBACK, feedback=feedback)
-        content = fill_template(args.template, prompt=last["content"], solution=s, feedback=f)
-        ids = chat_ids(tokenizer, [*before, {"role": "user", "content": content}], row, args)
+        s, f = solution, feedback
+        if not is_turns(args.template):
+            s = solution and fill_template(SOLUTION, solution=solution)
+            f = feedback and fill_template(FEEDBACK, feedback=feedback)
+        turns = fill_turns(args.template, prompt=last["content"], solution=s, feedback=f)
+        ids = chat_ids(tokenizer, [*before, *turns], row, args)
         over = len(ids) - args.max_teacher_tokens
         if over <= 0:
             return ids
@@ -543,9 +549,7 @@ def check(args: Args, vocabulary: int) -> None:
         raise InputError(f"--question {args.question} trains on one row; add --prompts-per-step 1")
     if args.search != "sdpo" and not args.question:
         raise InputError(f"--search {args.search} looks for the solution of one row; add --question")
-    places = {"{prompt}", "{solution}", "{feedback}"} - set(re.findall(r"{\w+}", args.template))
-    if places:
-        raise InputError(f"--template needs the placeholders {', '.join(sorted(places))}")
+    check_template(args.template, "{feedback}", "{prompt}", "{solution}")
 
 
 def main(args: Args) -> None:
