@@ -109,13 +109,16 @@ class Sampler:
         """One Rollout per prompt (token ids). `keys` are (row id, sample); any process may draw any."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
         rollouts = [None] * len(prompts)
+        options = dict(desc="answers", leave=False, delay=2, disable=not self.run.main)
+        bar = tqdm(total=len(prompts), **options)  # shown after two seconds, gone when done
         # No backward pass could use what FSDP gathers under inference mode.
-        with torch.inference_mode(not is_sharded(model)), torch.no_grad(), gathered(model):
+        with torch.inference_mode(not is_sharded(model)), torch.no_grad(), gathered(model), bar:
             for first in range(0, len(order), self.args.sample_batch):
                 part = order[first : first + self.args.sample_batch]
                 noise = [uniforms((self.args.seed, *stream, *keys[i]), how.max_tokens) for i in part]
                 noise_BT = torch.from_numpy(np.stack(noise)).to(model.device)
-                drawn = decode(model, [prompts[i] for i in part], noise_BT, self.eos.to(model.device), how)
+                eos = self.eos.to(model.device)
+                drawn = decode(model, [prompts[i] for i in part], noise_BT, eos, how, bar)
                 for i, rollout in zip(part, drawn, strict=True):
                     rollouts[i] = rollout
         return rollouts
@@ -130,7 +133,7 @@ def uniforms(key: tuple, length: int) -> np.ndarray:
     return np.random.default_rng(key).random(length)
 
 
-def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: Sampling) -> list:
+def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: Sampling, bar: tqdm) -> list:
     """One batch: reads each distinct prompt once, then decodes; finished rows leave the batch."""
     B, T = noise_BT.shape
     ids, logps, finished = [[] for _ in prompts], [[] for _ in prompts], [False] * B
@@ -143,6 +146,7 @@ def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: 
             ids[row].append(told[0])
             logps[row].append(told[1])
             finished[row] = told[2]
+        bar.update(over_B.sum().item() if t + 1 < T else len(over_B))
         if t + 1 == T or over_B.all():
             break
         if over_B.any():
