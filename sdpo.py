@@ -9,9 +9,12 @@ student's tokens.
 Data   JSON lines with "prompt" and what the verifier reads, usually "answer"; "feedback" where it does not
        depend on the attempt. The authors' JSON lines, SciKnowEval and LiveCodeBench rows are mapped.
 Run    python sdpo.py                                        # the laptop world: CPU, no download, minutes
+       python sdpo.py --preset smol                          # a pretrained model of 135M, on the same CPU
        torchrun --nproc-per-node 4 sdpo.py --preset sciknoweval --data FILE --eval-data FILE
        python sdpo.py --policy-weight 1 --out runs/grpo-toy  # the baseline, GRPO
        torchrun --nproc-per-node 4 sdpo.py --preset ttt --data FILE --question 7  # one question, to solve
+Template  The papers' large models use a solution that stands in the question, REPROMPT. A small one needs it
+       as an earlier turn of the chat, TURNS: --template also takes a JSON list of chat messages.
 Differs from the paper: an attempt is never its own solution (authors' code; Table 2 allows it), and the
 average is the code's: a mean over all attempts, those without hindsight counting as zero (--average token is
 the paper's). Eq. 3 mixes advantages, we mix the two losses. From the code: an over-long teacher prompt loses
@@ -81,13 +84,18 @@ from common import (
 REPROMPT = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
 SOLUTION = "\nCorrect solution:\n\n{solution}"
 FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}"
+# For a model that is too small to use a solution inside the question: it stands there as an answer.
+TURNS = """[
+ {"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{solution}"},
+ {"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{solution}"},
+ {"role": "user", "content": "{feedback}"}, {"role": "user", "content": "{prompt}"}]"""
 MULTI_TURN = REPROMPT.replace("{feedback}", "\n{feedback}")  # of the baseline, with a blank line
 
 
 @dataclass
 class PaperArgs:
     preset: str = "toy"
-    """Named set of defaults: toy, sciknoweval, tooluse, lcb, ttt. Explicit flags override it."""
+    """Named set of defaults: toy, smol, sciknoweval, tooluse, lcb, ttt. Explicit flags override it."""
 
     # The algorithm, in the paper's order and symbols.
     rollouts: int = 8
@@ -211,6 +219,34 @@ PRESETS: dict[str, dict] = {
         eval_samples=1,
         eval_temperature=1.0,
         eval_top_p=1.0,
+        seed=0,
+    ),
+    # Chosen on seed 0 of tests/smol.py.
+    "smol": dict(
+        model="smol:model",
+        data="smol:quick-train.jsonl",
+        eval_data=("smol:quick-eval.jsonl", "smol:prior-eval.jsonl"),
+        verifier="smol:grade",
+        hindsight="solution",
+        template=TURNS,
+        chat_kwargs={},
+        max_prompt_tokens=128,
+        max_teacher_tokens=256,
+        max_completion_tokens=14,
+        engine_cache_gib=0.5,
+        prompts_per_step=8,
+        steps=8,
+        lr=4e-5,
+        warmup=1,
+        weight_decay=0.0,
+        adam_betas=(0.9, 0.95),
+        dtype="bfloat16",
+        tokens_per_batch=1024,
+        eval_every=4,
+        eval_samples=1,
+        eval_temperature=1.0,
+        eval_top_p=1.0,
+        save_every=1000,
         seed=0,
     ),
     # One domain a run; this one is chemistry. The authors' JSON lines: --data FILE --eval-data FILE.

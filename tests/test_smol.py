@@ -69,15 +69,21 @@ def test_every_word_list_is_read_whole(data):
         ("Paris is it", False, 0), ("Comparis", False, 0), ("", False, 0), ("Paris, London", False, 0),
     ],
 )
-def test_ends_with(text, truncated, right):
-    verify = common.load_verifier("smol:ends_with")
-    [(reward, feedback)] = common.grade(verify, [(text, {"answer": "Paris", "truncated": truncated})])
+def test_an_answer_must_end_the_text(text, truncated, right):
+    verify = common.load_verifier("smol:grade")
+    [(reward, feedback)] = common.grade(verify, [(text, {"answer": "Paris", "task": "capital", "truncated": truncated})])
     assert (reward, feedback) == (right, "")
 
 
 @pytest.mark.parametrize("text, right", [("2 * 3 = 6", 1), ("16", 0), ("1.6", 0), ("6.0", 0), ("6", 1)])
 def test_a_number_is_not_the_end_of_another(text, right):
-    assert smol.ends_with(text, {"answer": "6"}) == right
+    assert smol.grade(text, {"answer": "6", "task": "sum"}) == right
+
+
+def test_a_call_must_be_exact():
+    row = {"answer": "radio(garden, off)", "task": "house"}
+    texts = ("radio(garden, off)\n", "It is radio(garden, off)", "Radio(garden, off)", "radio(garden, off).")
+    assert [smol.grade(text, row) for text in texts] == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("source", ["smol:", "smol:mode", "smol:quick-eval", "smol:0/model", "smol:../toy.py"])
