@@ -92,6 +92,14 @@ def test_a_source_that_is_not_there_names_those_that_are(source):
         common.find_source(source)
 
 
+@pytest.mark.parametrize("source", ["toy:0/model", "smol:model"])
+def test_a_script_taken_home_says_what_is_missing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    with pytest.raises(common.InputError, match=f"{source} is made by .*, which is not here; use your own"):
+        common.find_source(source)
+    assert common.find_source("org:model") == "org:model"
+
+
 def run_smol(tmp_path, **env):
     code = "import common\ntry: common.find_source('smol:model')\nexcept common.InputError as error: print('one sentence:', error)"
     env = {**os.environ, "SELF_DISTILLATION_CACHE": str(tmp_path), **env}
