@@ -111,13 +111,16 @@ class Sampler:
         """One Rollout per prompt (token ids). `keys` are (row id, sample); any process may draw any."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
         rollouts = [None] * len(prompts)
+        options = dict(desc="answers", leave=False, delay=2, disable=not self.run.main)
+        bar = tqdm(total=len(prompts), **options)  # shown after two seconds, gone when done
         # No backward pass could use what FSDP gathers under inference mode.
-        with torch.inference_mode(not is_sharded(model)), torch.no_grad(), gathered(model):
+        with torch.inference_mode(not is_sharded(model)), torch.no_grad(), gathered(model), bar:
             for first in range(0, len(order), self.args.sample_batch):
                 part = order[first : first + self.args.sample_batch]
                 noise = [uniforms((self.args.seed, *stream, *keys[i]), how.max_tokens) for i in part]
                 noise_BT = torch.from_numpy(np.stack(noise)).to(model.device)
-                drawn = decode(model, [prompts[i] for i in part], noise_BT, self.eos.to(model.device), how)
+                eos = self.eos.to(model.device)
+                drawn = decode(model, [prompts[i] for i in part], noise_BT, eos, how, bar)
                 for i, rollout in zip(part, drawn, strict=True):
                     rollouts[i] = rollout
         return rollouts
@@ -132,7 +135,7 @@ def uniforms(key: tuple, length: int) -> np.ndarray:
     return np.random.default_rng(key).random(length)
 
 
-def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: Sampling) -> list:
+def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: Sampling, bar: tqdm) -> list:
     """One batch: reads each distinct prompt once, then decodes; finished rows leave the batch."""
     B, T = noise_BT.shape
     ids, logps, finished = [[] for _ in prompts], [[] for _ in prompts], [False] * B
@@ -145,6 +148,7 @@ def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: 
             ids[row].append(told[0])
             logps[row].append(told[1])
             finished[row] = told[2]
+        bar.update(over_B.sum().item() if t + 1 < T else len(over_B))
         if t + 1 == T or over_B.all():
             break
         if over_B.any():
@@ -1007,7 +1011,7 @@ def find_source(source: str) -> str:
     """A path or hub id; `toy:0/model` is made by tests/toy.py, which the word before the colon names."""
     word, colon, _ = source.partition(":")
     file = Path(__file__).parent / "tests" / f"{word}.py"
-    if not colon or not word.isidentifier() or not (file.exists() or word == "toy"):
+    if not colon or not word.isidentifier() or not (file.exists() or word in ("toy", "smol")):
         return source
     if not file.exists():
         raise InputError(f"{source} is made by {file}, which is not here; use your own model folder and data")
@@ -1150,17 +1154,46 @@ def without_none(value: Any) -> Any:
     return [without_none(part) for part in value] if isinstance(value, list) else value
 
 
-def with_template(messages: list, template: str, **values: str) -> list:
-    """The teacher's template in the place of the last user message, or after a tool's message."""
-    question = [message["content"] for message in messages if message["role"] == "user"][-1]
-    content = fill_template(template, prompt=question, **values)
-    kept = messages[:-1] if messages[-1]["role"] == "user" else messages
-    return [*kept, {"role": "user", "content": content}]
-
-
 def fill_template(template: str, **values: str) -> str:
     """Puts values into {name} places. Braces and percent signs in template or values stay as they are."""
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match[1]], template)
+
+
+def is_turns(template: str) -> bool:
+    """Whether a --template is a JSON list of chat messages, not text."""
+    return re.match(r'\s*\[\s*\{\s*"', template) is not None
+
+
+def template_turns(template: str) -> list:
+    return as_messages(json.loads(template) if is_turns(template) else template)
+
+
+def with_template(messages: list, template: str, **values: str) -> list:
+    """What the teacher reads: the filled template in place of the last user message, or after a tool's.
+
+    In a JSON list of messages, one with a place whose value is empty is dropped.
+    """
+    values["prompt"] = [message["content"] for message in messages if message["role"] == "user"][-1]
+    empty = [f"{{{name}}}" for name, value in values.items() if is_turns(template) and not value]
+    kept = messages[:-1] if messages[-1]["role"] == "user" else messages
+    turns = [t for t in template_turns(template) if not any(place in t["content"] for place in empty)]
+    return [*kept, *({**turn, "content": fill_template(turn["content"], **values)} for turn in turns)]
+
+
+def check_template(template: str, *places: str) -> None:
+    """InputError unless every place is in the template; in a JSON list the question comes last, by itself."""
+    missing = [place for place in places if place not in template]
+    if missing:
+        raise InputError(f"--template needs the placeholders {', '.join(missing)}")
+    try:
+        texts = [turn["role"] and turn["content"].strip() for turn in template_turns(template)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        like = '[{"role": "user", "content": "{prompt}"}]'
+        raise InputError(
+            f"--template: expected text, or a JSON list such as {like} ({first_line(error)})"
+        ) from error
+    if is_turns(template) and [place for place in places if place in texts[-1]] != ["{prompt}"]:
+        raise InputError("--template: its last message must contain {prompt} and no other placeholder")
 
 
 def tokenize(rows: list, tokenizer: Any, args: Any) -> list:

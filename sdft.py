@@ -9,8 +9,11 @@ Data   JSON lines with "prompt" (text or chat messages) and "privileged_context"
        whole "teacher_prompt"; evaluation rows have "prompt" and "answer". ToolAlpaca, SciKnowEval and
        medical-o1 rows are mapped.
 Run    python sdft.py                                  # the laptop world: CPU, no download, minutes
+       python sdft.py --preset smol                    # a pretrained model of 135M, on the same CPU
        torchrun --nproc-per-node 8 sdft.py --preset tooluse --data FOLDER
        python sdft.py --method sft --lr 3e-4 --verifier toy:lenient --out runs/sft-toy    # the baseline
+Template  The paper's large models use a demonstration that stands in the question. A small one needs it as an
+       earlier turn of the chat, TURNS: --template also takes a JSON list of chat messages.
 Differs from the paper: D is the forward KL, which the authors say all published results used (Eq. 1 is
 written with the reverse; --divergence reverse_kl). From the authors' code: weights and the EMA teacher are
 fp32 (in bf16 an EMA of rate 0.01 hardly moves); an over-long prompt is left out, not cut; answers without a
@@ -41,6 +44,7 @@ from common import (
     Teacher,
     Totals,
     as_messages,
+    check_template,
     completion_states,
     distill_loss,
     evaluate,
@@ -64,11 +68,17 @@ from common import (
     with_template,
 )
 
+# For a model that is too small to use a demonstration inside the question: it stands there as an answer.
+TURNS = """[
+ {"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{demonstration}"},
+ {"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{demonstration}"},
+ {"role": "user", "content": "{prompt}"}]"""
+
 
 @dataclass
 class PaperArgs:
     preset: str = "toy"
-    """Named set of defaults: toy, tooluse, science, medical, knowledge. Explicit flags override it."""
+    """Named set of defaults: toy, smol, tooluse, science, medical, knowledge. Explicit flags override it."""
 
     # The algorithm, in the paper's order and symbols.
     method: Literal["sdft", "sft", "dft"] = "sdft"
@@ -77,7 +87,8 @@ class PaperArgs:
         "\n{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
         "Now answer with a response of your own, including the thinking process.\n"
     )
-    """What the teacher reads in place of the last user message (section 3; wording of the authors' code)."""
+    """What the teacher reads in place of the last user message: text (section 3; wording of the authors'
+    code), or chat messages as a JSON list."""
     generate_from: Literal["student", "teacher"] = "student"
     """What draws y. teacher is the off-policy ablation: y ~ teacher(.|x, c); needs --is-cap 0."""
     divergence: Divergence = "forward_kl"
@@ -182,6 +193,31 @@ PRESETS: dict[str, dict] = {
         tokens_per_batch=8192,
         eval_every=20,
         eval_temperature=1.0,
+        seed=0,
+    ),
+    # Chosen on seed 0 of tests/smol.py.
+    "smol": dict(
+        model="smol:model",
+        data="smol:house-train.jsonl",
+        eval_data=("smol:house-eval.jsonl", "smol:prior-eval.jsonl"),
+        verifier="smol:grade",
+        template=TURNS,
+        skip_tokens=0,
+        max_prompt_tokens=128,
+        max_teacher_tokens=256,
+        max_completion_tokens=16,
+        engine_cache_gib=0.5,
+        prompts_per_step=16,
+        steps=24,
+        lr=5e-5,
+        schedule="constant",
+        warmup=2,
+        adam_betas=(0.9, 0.95),
+        dtype="bfloat16",
+        tokens_per_batch=1024,
+        eval_every=8,
+        eval_temperature=1.0,
+        save_every=1000,
         seed=0,
     ),
     # The folders are those of the authors' repository (save_to_disk). A tenth of the training rows validates.
@@ -316,8 +352,7 @@ def check(args: Args, vocabulary: int) -> None:
         )
     if args.support == "sampled" and args.generate_from == "teacher":
         raise InputError("--support sampled needs tokens that the student drew, not --generate-from teacher")
-    if "{prompt}" not in args.template or "{demonstration}" not in args.template:
-        raise InputError("--template needs the placeholders {prompt} and {demonstration}")
+    check_template(args.template, "{prompt}", "{demonstration}")
 
 
 def main(args: Args) -> None:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 OUT, RECORD = ROOT / "runs" / "claims", ROOT / "tests" / "claims.jsonl"
 ONCE = [dict(base=base, seed=base) for base in range(3)]     # base model and seed
 TWICE = [*ONCE, *(dict(base=base, seed=base + 3) for base in range(3))]
+SMOL = [dict(base=0, seed=seed) for seed in (1, 2, 3)]        # the settings of tests/smol.py's presets were chosen on seed 0
 HARDEST = [dict(at, question=question) for at in ONCE for question in range(1, 11)]
 
 
@@ -71,6 +72,11 @@ HARD = ("sdpo.py --preset ttt --model toy:{base}/model --data toy:{base}/mul-har
         "--weight-decay 0 --adam-betas 0.9 0.95 --tokens-per-batch 8192 --steps 16 "
         "--template '{{prompt}}{{solution}}{{feedback}}\n\nCorrectly solve the original question.\n{{prompt}}'")
 MULTI_TURN = f"{HARD} --search multi_turn --rollouts 1 --steps 256 --max-teacher-tokens 90"
+
+# The pretrained model of tests/smol.py.
+SMOL_SDFT, SMOL_SDPO, SMOL_SRT = (f"{script}.py --preset smol --seed {{seed}}" for script in ("sdft", "sdpo", "srt"))
+SMOL_GRPO = f"{SMOL_SDPO} --policy-weight 1"
+SMOL_COLUMNS = ["start", "new skill", "prior", "GiB"]
 
 CLAIMS: dict[str, Claim] = {
     "sdft-vs-sft": Claim(SDFT, {
@@ -224,8 +230,9 @@ def run(command: str) -> Path:
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr[-2000:])
-        for name in ("checkpoints", "best", "last"):         # srt's last/ is the model of sdzero
-            shutil.rmtree(out / name, ignore_errors=True) if script != "srt.py" or name != "last" else None
+        needed = script == "srt.py" or command in (SMOL_GRPO.format(**place) for place in SMOL)
+        for name in ["checkpoints", "best"] + ["last"] * (not needed):   # last/ is the model of sdzero, or the teacher of distill
+            shutil.rmtree(out / name, ignore_errors=True)
         (out / "done").write_text(command)
     return out
 
@@ -274,7 +281,7 @@ def measure(result: Result) -> dict[str, float]:
         return {"lr": result.args["lr"], "attempts": min(needed, 256), **{f"discovery@{k}": needed <= k for k in (8, 16, 32, 64, 128, 256)}}
     points, phase_one = curve(result), sum(row.get("collect/rollouts", 0) for row in result.phase_one)
     values = [value for _, value in points]
-    found = {"lr": result.args["lr"], "start": values[0], "new skill": values[-1], "mean": statistics.mean(values),
+    found = {"lr": result.args["lr"], "GiB": last["memory/peak_gib"], "start": values[0], "new skill": values[-1], "mean": statistics.mean(values),
              "tokens": sum(row.get("train/tokens", 0) for row in result.metrics),
              "seconds": sum(v for row in result.metrics + result.phase_one for k, v in row.items() if re.match("time/(generate|teacher|student|optim)$", k))}
     for level in (0.8, 0.9, 0.95):

@@ -10,6 +10,7 @@ import toy
 from conftest import make_model, run_here
 from transformers import GenerationConfig
 
+import common
 from common import (
     EVAL_STREAM,
     TRAIN_STREAM,
@@ -243,3 +244,25 @@ def test_every_optimiser_step_counts_as_a_write():
     before = [p._version for p in model.parameters()]
     assert optimizer_step(run, 0.1) > 0
     assert all(p._version > count for p, count in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("sample_batch", [1, 64])
+def test_the_bar_counts_the_answers_and_is_shown_by_the_first_process_alone(model, sample_batch, monkeypatch):
+    bars = []
+
+    class Bar(common.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.hidden, self.counted = self.disable, 0  # close() hides it
+            bars.append(self)
+
+        def update(self, n=1):
+            self.counted += n
+            return super().update(n)
+
+    monkeypatch.setattr(common, "tqdm", Bar)
+    sampler = Sampler(make_run(sample_batch=sample_batch), model)
+    for first_process in (True, False):
+        sampler.run.main = first_process
+        sampler(model, PROMPTS, KEYS, STREAM, Sampling(4))
+    assert [(bar.counted, bar.hidden, bar.leave) for bar in bars] == [(5, False, False), (5, True, False)]

@@ -95,10 +95,51 @@ def test_the_authors_json_lines_load():
     assert sdft.to_row({"prompt": "Q?", "answer": "[]", "kind": "tooluse"})["prompt"] == as_messages("Q?")
 
 
-@pytest.mark.parametrize("template", ["{prompt} {privileged_context}", "{demonstration}", "no place"])
-def test_a_template_without_its_places_is_refused(template):
-    with pytest.raises(InputError, match=r"--template needs the placeholders {prompt} and {demonstration}"):
+TURNS = (
+    '[{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{demonstration}"},'
+    ' {"role": "user", "content": "{prompt}"}]'
+)
+
+
+def test_turns_stand_in_place_of_the_last_user_message():
+    """A template of chat messages, token by token: the demonstration is an earlier answer, the student's side
+    is the same as with a text."""
+    tokenizer = toy.make_tokenizer()
+    before = [SYSTEM, {"role": "user", "content": "zag:1"}, {"role": "assistant", "content": "2"}]
+    prompt = [*before, {"role": "user", "content": "zig:47"}]
+    [told] = tokenize([row(prompt=prompt, context="7>4;", template=TURNS)], tokenizer, Args())
+    [plain] = tokenize([row(prompt=prompt, context="7>4;")], tokenizer, Args())
+    assert told["prompt_ids"] == plain["prompt_ids"]
+    earlier = "<|system|>S<|end|><|user|>zag:1<|end|><|assistant|>2<|end|>"
+    words = f"{earlier}<|user|>zig:47<|end|><|assistant|>7>4;<|end|><|user|>zig:47<|end|><|assistant|>"
+    assert told["teacher_ids"] == tokenizer(words)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{prompt} {privileged_context}", "needs the placeholders {demonstration}$"),
+        ("{demonstration}", "needs the placeholders {prompt}$"),
+        ("no place", "needs the placeholders {prompt}, {demonstration}$"),
+        (TURNS.replace("{demonstration}", "{solution}"), "needs the placeholders {demonstration}$"),
+        (TURNS[:-1], "or a JSON list such as"),
+        (TURNS.replace('"content": "{demonstration}"', '"text": "{demonstration}"'), "or a JSON list such as"),
+        (TURNS.replace('{"role": "user", "content": "{prompt}"}]', '"{prompt}"]'), "or a JSON list such as"),
+        (TURNS.rpartition(",")[0] + ', "content": ["{prompt}"]}]', "or a JSON list such as"),
+        (TURNS.rpartition(', {"role"')[0] + "]", "ends with the user's"),
+        (TURNS.replace(": \"{prompt}\"}]", ": \"a\"}]"), "last message must contain {prompt} and no other"),
+        (TURNS.replace(": \"{prompt}\"}]", ": \"{prompt}{demonstration}\"}]"), "and no other placeholder"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_is_refused(template, message):
+    with pytest.raises(InputError, match=f"--template.*{message}"):
         sdft.check(Args(template=template), 1000)
+
+
+def test_a_text_in_brackets_is_a_text():
+    template = "[{prompt}] {demonstration}"
+    sdft.check(Args(template=template), 1000)
+    assert row(prompt="a", context="b", template=template)["teacher_messages"] == as_messages("[a] b")
 
 
 # ---- Which tokens carry the loss
@@ -433,5 +474,5 @@ def test_flags_win_over_the_preset():
     flags = ["--lr", "1.0", "--preset", "science", "--chat-kwargs", '{"enable_thinking": false}']
     a = parse_args(Args, PRESETS, flags)
     assert (a.lr, a.verifier, a.chat_kwargs) == (1.0, "choice", {"enable_thinking": False})
-    with pytest.raises(InputError, match="--preset sience: .* toy, tooluse, science"):
+    with pytest.raises(InputError, match="--preset sience: .* toy, smol, tooluse, science"):
         parse_args(Args, PRESETS, ["--preset", "sience"])

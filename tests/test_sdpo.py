@@ -44,6 +44,7 @@ GROUP = [
     Mark("c", 0.0, ""),
     Mark("<think>x</think>\nd", 1.0, "fd"),
 ]
+SYSTEM = {"role": "system", "content": "S"}
 END = "\n\nCorrectly solve the original question."
 FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
 
@@ -68,6 +69,38 @@ def test_templates_are_the_papers():
     assert chat("", "4:no;") == wrap(f"{FEEDBACK}4:no;")
     assert chat("34", "4:no;") == wrap(f"\nCorrect solution:\n\n34{FEEDBACK}4:no;")
     assert chat("", "") is None
+
+
+TURNS = (
+    '[{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{solution}"},'
+    ' {"role": "user", "content": "no:{feedback}"}, {"role": "user", "content": "{prompt}"}]'
+)
+
+
+@pytest.mark.parametrize(
+    "solution, feedback, middle",
+    [
+        ("34", "", "<|assistant|>34<|end|>"),
+        ("", "4;", "<|user|>no:4;<|end|>"),
+        ("34", "4;", "<|assistant|>34<|end|><|user|>no:4;<|end|>"),
+        ("{prompt}", "", "<|assistant|>{prompt}<|end|>"),
+    ],
+)
+def test_turns_hold_the_bare_texts_and_an_empty_one_is_dropped(solution, feedback, middle):
+    """A template of chat messages, token by token."""
+    tokenizer, row = toy.make_tokenizer(), to_row({"prompt": [SYSTEM, {"role": "user", "content": "mul:12"}]})
+    words = f"<|system|>S<|end|><|user|>mul:12<|end|>{middle}<|user|>mul:12<|end|><|assistant|>"
+    ids = teacher_ids(row, solution, feedback, tokenizer, Args(chat_kwargs={}, template=TURNS))
+    assert ids == tokenizer(words)["input_ids"]
+    sdpo.check(Args(template=TURNS), 1000)
+
+
+def test_a_long_solution_in_turns_loses_its_own_end():
+    told = chat("0123456789" * 5, "", max_teacher_tokens=30, template=TURNS)
+    assert told.startswith("<|user|>mul:12<|end|><|assistant|>012")
+    assert told.endswith("<|end|><|user|>mul:12<|end|><|assistant|>")
+    assert len(toy.make_tokenizer()(told)["input_ids"]) == 30
+    assert chat("", "", template=TURNS) is None
 
 
 def test_an_attempt_is_never_its_own_solution():
@@ -831,6 +864,7 @@ def test_multi_turn_reads_the_question_and_the_newest_feedback_that_fits():
         ("--question 99 --prompts-per-step 1", "--question 99: the rows of .* are 1 to 24"),
         ("--template {prompt}", "placeholders {feedback}, {solution}"),
         ("--template {prompt}{solution}", "placeholders {feedback}$"),
+        (f"--template {TURNS.replace(' ', '')[:-1]}", "or a JSON list such as"),
     ],
 )
 def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):

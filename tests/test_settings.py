@@ -345,7 +345,7 @@ TABLES: dict[tuple[str, str], list[Row]] = {
 
 
 SCRIPTS = ("sdft", "sdpo", "srt", "sdzero", "distill")
-OWN = ("toy",)  # presets of no paper: one table, a column for each script
+OWN = ("toy", "smol")  # presets of no paper: one table, a column for each script
 PLACES = {"data", "eval_data", "model"}  # where things lie says nothing about an experiment
 
 

@@ -893,7 +893,7 @@ def test_a_missing_answer_is_refused():
 
 
 @pytest.mark.parametrize(
-    "gold", ["get", "[1]", [], "[]", "{}", 3, [{"Action": "get"}], [{"Action_Input": "{}"}]]
+    "gold", ["get", "[1]", "[]", "{}", 3, [{"Action": "get"}], [{"Action_Input": "{}"}]]
 )
 def test_tool_calls_have_to_parse(gold):
     with pytest.raises(InputError, match="^f:2: 'answer' is .*--verifier tool_use needs a list"):
