@@ -177,9 +177,8 @@ def our_flags(case: Case, folder: Path, steps: int, tokens: int) -> list[str]:
     if case.script == "sdpo":
         own = "--divergence jsd --ema-rate 0.05 --hindsight solution --max-teacher-tokens 10240 --teacher-samples 0"
         return [*flags, "--template", TEMPLATE, "--verifier", f"{__file__}:verdict", *own.split()]
-    flags += ["--schedule", "constant"]
     if case.script == "sdft":
-        own = "--divergence forward_kl --ema-rate 0.01 --skip-tokens 0 --max-teacher-tokens 512"
+        own = "--schedule constant --divergence forward_kl --ema-rate 0.01 --skip-tokens 0 --max-teacher-tokens 512"
         return [*flags, "--template", DEMONSTRATION, *own.split()]
     flags = " ".join(flags).replace(" --is-cap 0", "").split()
     return [*flags, "--teacher", f"{folder}/teacher", *"--divergence jsd --average token".split()]
