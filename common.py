@@ -177,7 +177,7 @@ def prefill(model: nn.Module, prompts: list) -> tuple[Tensor, Tensor, Any]:
 def next_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, cache: Any) -> Tensor:
     """Hidden states [B, L, D] of `ids_BL`, which extend the cache. Positions count real tokens only."""
     position_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1] :]
-    inputs = dict(input_ids=ids_BL, position_ids=position_BL, past_key_values=cache, use_cache=True)
+    inputs = dict(input_ids=ids_BL, position_ids=position_BL, cache=cache, use_cache=True)
     return hidden_states(model, attention_mask=None if mask_BL.all() else mask_BL, **inputs)
 
 
@@ -696,8 +696,10 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
         return model.read(**inputs)
 
 
-def read_states(base_model: nn.Module, **inputs: Any) -> Tensor | None:
+def read_states(base_model: nn.Module, cache_name: str, cache: Any = None, **inputs: Any) -> Tensor | None:
     """What `model.read` runs. Under FSDP a call without inputs only gathers the root module's weights."""
+    if cache is not None:
+        inputs[cache_name] = cache
     return base_model(**inputs).last_hidden_state if inputs else None
 
 
@@ -808,7 +810,9 @@ def attention_of(config: Any, device: torch.device) -> str | None:
 def prepare(model: nn.Module, lora_rank: int, computes_in_bf16: bool) -> nn.Module:
     """Adds the adapters, and what the functions of this file expect of a model."""
     model.lora_rank, model.computes_in_bf16, model.shares_prompts = lora_rank, computes_in_bf16, False
-    model.read = functools.partial(read_states, model.base_model)
+    takes_cache = "cache" in inspect.signature(model.base_model.forward).parameters
+    cache_name = "cache" if takes_cache else "past_key_values"  # transformers before 5.24
+    model.read = functools.partial(read_states, model.base_model, cache_name)
     if lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
 

@@ -124,7 +124,8 @@ def activations(model: nn.Module) -> tuple[float, float, float]:
     length = 64
     one, two = kept_bytes(model, length), kept_bytes(model, 2 * length)
     square = (two - 2 * one) / (2 * length**2)
-    cache = read(model, length, use_cache=True).past_key_values
+    output = read(model, length, use_cache=True)
+    cache = output.cache if "cache" in output else output.past_key_values  # transformers before 5.24
     return one / length - square * length, square, sum(2 * x.keys.nbytes for x in cache.layers) / length
 
 

@@ -67,6 +67,7 @@ FAMILIES = {
     "qwen3_5": ("Qwen3_5TextConfig", HYBRID),
     "qwen3_next": ("Qwen3NextConfig", HYBRID | EXPERTS | {"shared_expert_intermediate_size": 16}),
     "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
+    "mistral": ("MistralConfig", {}),
     "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
     "gpt_oss": ("GptOssConfig", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
     "glm4_moe": ("Glm4MoeConfig", SHARED),
