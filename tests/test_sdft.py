@@ -436,5 +436,5 @@ def test_flags_win_over_the_preset():
     flags = ["--lr", "1.0", "--preset", "science", "--chat-kwargs", '{"enable_thinking": false}']
     a = parse_args(Args, PRESETS, flags)
     assert (a.lr, a.verifier, a.chat_kwargs) == (1.0, "choice", {"enable_thinking": False})
-    with pytest.raises(InputError, match="--preset sience: .* toy, tooluse, science"):
+    with pytest.raises(InputError, match="--preset sience: .* toy, smol, tooluse, science"):
         parse_args(Args, PRESETS, ["--preset", "sience"])
