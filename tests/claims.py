@@ -146,6 +146,7 @@ CLAIMS: dict[str, Claim] = {
         "SDPO": f"{HARD} --max-teacher-tokens 128 --lr 1e-4",
         "best of k": f"{HARD} --search best_of_k",
         "multi-turn": MULTI_TURN}, HARDEST),
+    "smol-sdft": Claim(SMOL_COLUMNS, {"SDFT, turns": SMOL_SDFT}, SMOL),
     "smol-sdpo-vs-grpo": Claim(SMOL_COLUMNS, {"SDPO, turns": SMOL_SDPO, "GRPO": SMOL_GRPO}, SMOL),
     "smol-distill-vs-grpo": Claim(SMOL_COLUMNS, {
         "GRPO, 512 attempts": SMOL_GRPO,
