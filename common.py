@@ -9,7 +9,7 @@
 7. Verifiers    completion -> reward and feedback; programs run under bubblewrap
 8. vLLM         the second engine; its weights are verified before every draw
 
-This file knows no algorithm. Everything is aligned with completions: index t belongs to token y_t, and
+This file contains no training loop. Everything is aligned with completions: index t belongs to token y_t, and
 `completion_states` is the only place that shifts by one. Shapes: B rows, L positions, T completion positions,
 D hidden width, V vocabulary, K top-k, and N for the completion tokens of a micro-batch laid end to end.
 """
@@ -214,7 +214,7 @@ def eos_ids_of(tokenizer: Any, *configs: Any) -> list:
     return list(dict.fromkeys(i for i in ids if i is not None))
 
 
-# ---- 2. Teacher: fp32 weights, updated after a step, saved and resumed
+# ---- 2. Teacher: its own weights in fp32, updated after a step, saved and resumed
 
 
 def completion_states(model: nn.Module, pairs: list) -> Tensor:
@@ -340,10 +340,8 @@ def stop_ids(source: str, flag: str = "--model") -> list:
 # ---- 3. Loss: exact over the vocabulary, with memory that does not depend on tokens x vocabulary
 
 LOG_ZERO = -1e30  # log 0, finite: 0 log 0 is 0, and an impossible token costs 1e30 p, not inf - inf
-BLOCK = {
-    "cpu": 2**18,
-    "cuda": 2**24,
-}  # logits whose temporaries are alive at once; on CPU they stay in the cache
+# Logits whose temporaries are alive at once; on CPU they stay in the processor's cache.
+BLOCK = {"cpu": 2**18, "cuda": 2**24}
 STATS = ("divergence", "logp", "teacher_logp", "entropy", "mass_student", "mass_teacher", "ratio")
 
 
@@ -392,16 +390,10 @@ class Objective(NamedTuple):
     """Which divergence D of student p and teacher q, over which tokens."""
 
     divergence: Divergence = "forward_kl"  # formulas in `_divergence`
-    support: Support = (
-        "full"  # the vocabulary, the K likeliest tokens of one side, or y alone (reverse KL only)
-    )
+    support: Support = "full"  # the vocabulary, the top K of one side, or y alone (reverse KL only)
     topk: int = 100  # K
-    tail: bool = (
-        True  # top-k: one bucket holds the other tokens' mass; without it both sides are renormalised
-    )
-    beta: float = (
-        0.5  # jsd: weight of the teacher in the mixture and of its KL; mixed: weight of the forward KL
-    )
+    tail: bool = True  # top-k: one bucket holds the other tokens' mass; without it both sides renormalise
+    beta: float = 0.5  # jsd: weight of the teacher and of its KL; mixed: weight of the forward KL
     is_cap: float = 0.0  # with behaviour log-probs: ratio min(p(y) / p_behaviour(y), is_cap); 0 is no cap
     clip: float = 0.0  # reverse KL: log p - log q, an advantage there, is clamped to +-clip; 0 is no clamp
     chunk: int = 512  # tokens whose logits are alive at once
@@ -444,15 +436,14 @@ def distill_loss(
     objective: Objective,
     behaviour_N: Tensor | None = None,
 ) -> tuple[Tensor, dict]:
-    """sum_n weight_n ratio_n D_n (a sum: the caller divides, once), and detached statistics [N].
+    """sum_n weight_n ratio_n D_n (the weights include every division), and detached statistics [N].
 
     D      divergence of the student's next-token distribution p and the teacher's q, see `_divergence`
-    q      softmax of sum_k share_k logits_k over the entries (share_k, h_k, head_k) of `teacher`, without
-    gradient.
-           A TopK stands for the same q with support teacher_topk (its own K) or sampled.
+    q      softmax of sum_k share_k logits_k over the entries (share_k, h_k, head_k) of `teacher`, with no
+           gradient. A TopK stands for the same q with support teacher_topk (its own K) or sampled.
     ratio  min(p(y) / p_behaviour(y), is_cap), a constant; 1 without the log-probs behaviour_N
-    Heads padded to different sizes are cut to the smaller. Tokens of weight 0 cost nothing and have
-    statistics 0.
+    Heads padded to different sizes are cut to the smaller. Tokens of weight 0 cost nothing; their statistics
+    are 0.
     """
     sides = [] if isinstance(teacher, TopK) else [entry for entry in teacher if entry[0] != 0]
     V = min([len(head.weight), *(len(other.weight) for _, _, other in sides)])
@@ -552,9 +543,8 @@ def _token_losses(z: Tensor, others: list, n: Tensor, inputs: LossInputs) -> tup
 
     if objective.support == "full":
         D, grad = _divergence(log_p, p, log_q, t.softmax(-1), objective)
-    elif (
-        objective.support == "sampled"
-    ):  # the log-ratio is an advantage: differentiated itself, it has mean 0
+    elif objective.support == "sampled":
+        # The log-ratio is used as an advantage; its own gradient has mean 0.
         D = _clipped(logp - teacher_logp, objective.clip)
         grad = D[:, None] * p.neg().scatter_add_(-1, y, torch.ones_like(p[:, :1]))  # d log p(y) / dz
     else:

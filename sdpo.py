@@ -400,6 +400,7 @@ def hindsight(group: list, i: int, args: Args) -> tuple[str, str]:
     """(s_i, f_i) of attempt i: the first other success of its group, and its feedback; "" for none."""
     shown = [mark for j, mark in enumerate(group) if j != i and not mark.spells]
     others = [answer_of(mark.text) for mark in shown if mark.reward >= args.success]
+    others = [answer for answer in others if answer]
     solution = others[0] if others and args.hindsight != "feedback" else ""
     feedback = group[i].feedback if args.hindsight != "solution" and not group[i].spells else ""
     if args.hindsight == "solution_or_feedback" and solution:
@@ -410,7 +411,7 @@ def hindsight(group: list, i: int, args: Args) -> tuple[str, str]:
 def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: Args) -> list | None:
     """The reprompt of section 2 as token ids; None when there is nothing to tell or no way to fit it.
 
-    A solution that makes it too long loses its own end, never the question's or the prompt's.
+    A solution that makes it too long is cut at its end; the rest of the prompt stays whole.
     """
     while solution or feedback:
         s, f = solution, feedback
@@ -535,10 +536,13 @@ def main(args: Args) -> None:
     if args.dry_run:
         told = hindsight([Mark("", 0.0, "<feedback>"), Mark("<another attempt>", 1.0, "")], 0, args)
         run.say(f"student reads: {tokenizer.decode(train[0]['prompt_ids'])}")
-        return run.say(f"teacher reads: {tokenizer.decode(teacher_ids(train[0], *told, tokenizer, args))}")
+        ids = teacher_ids(train[0], *told, tokenizer, args) or []
+        return run.say(
+            f"teacher reads: {tokenizer.decode(ids) or 'nothing: --max-teacher-tokens is too small'}"
+        )
 
     student = load_model(args.model, run, args.lora_rank)
-    distils = args.policy_weight < 1  # GRPO alone keeps no second model
+    distils = args.policy_weight < 1 and args.search == "sdpo"  # GRPO and searches keep no second model
     teacher = Teacher(args.teacher if distils else "live", args.ema_rate, student, run)
     sampler, sampling = make_sampler(run, student), Sampling(args.max_completion_tokens)
     eval_sampling = Sampling(args.max_completion_tokens, args.eval_temperature, args.eval_top_p)
@@ -585,7 +589,9 @@ def main(args: Args) -> None:
             dropped += any(told) and context is None
             mask = [y.finished or not args.mask_truncated] * len(y.ids)
             rewards = [mark.reward for mark in groups[q]]
-            advantage = rewards[i] - sum(rewards) / len(rewards)  # Eq. 12, without the standard deviation
+            advantage = 0.0  # exactly, where all rewards are equal: their mean may be rounded
+            if min(rewards) < max(rewards):
+                advantage = rewards[i] - sum(rewards) / len(rewards)  # Eq. 12, without the standard deviation
             samples.append(Sample(place, row["prompt_ids"], context, y.ids, y.logps, mask, advantage))
 
         # 4. Learn, one optimiser step per mini-batch of questions.

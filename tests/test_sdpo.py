@@ -131,6 +131,24 @@ def test_feedback_alone_stands_in_where_no_other_attempt_succeeded():
     assert hindsight([lone[0], lone[0]], 0, Args(hindsight="solution")) == ("", "")
 
 
+def test_a_success_without_an_answer_is_passed_over():
+    """A success that is all thinking shows nothing; the next one is shown."""
+    group = [Mark("a", 0.0, "fa"), Mark("<think>only this", 1.0, ""), Mark("c", 1.0, "")]
+    assert hindsight(group, 0, Args()) == ("c", "")
+    assert hindsight(group[:2], 0, Args()) == ("", "fa")
+
+
+@pytest.mark.parametrize("rewards, steps", [("0.1", 0), ("0.1 if len(completion) % 2 else 0.2", 1)])
+def test_equal_rewards_take_no_step_however_their_mean_is_rounded(rewards, steps, tiny, tmp_path, monkeypatch):
+    """Eight times 0.1 over 8 is not 0.1 in floating point."""
+    (tmp_path / "v.py").write_text(f"def v(completion, row):\n    return {rewards}\n")
+    taken = []
+    monkeypatch.setattr(sdpo, "optimizer_step", lambda run, lr: taken.append(lr) or 0.0)
+    more = f"--verifier {tmp_path}/v.py:v --policy-weight 1 --rollouts 8 --prompts-per-step 1 --steps 1"
+    run_here("sdpo", tmp_path / "r", tiny, more)
+    assert len(taken) == steps
+
+
 def test_an_attempt_that_spells_a_special_token_is_shown_to_nobody():
     """Neither its text nor its feedback; it still has its reward, and others still teach it."""
     spelt = Mark("b", 1.0, "fb", spells=True)
