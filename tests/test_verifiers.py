@@ -642,8 +642,9 @@ def test_expected_outputs_are_nowhere_in_the_memory_of_the_program():
         "seen += [repr(o) for o in gc.get_objects() if isinstance(o, (dict, list))]\n"
         "print({} if any(str({}) in text for text in seen) else 'no')"
     )
-    for needle, reward in ((81723, 0), (55555, 1)):  # the expected output; the input, which it may know
-        tests = {"inputs": ["55555"], "outputs": [str(needle)], "testtype": "stdin", "solution": needle}
+    # The expected output, and the input, which it may know; both longer than any address in a repr.
+    for needle, reward in ((8172364950271639, 0), (5555555555555555, 1)):
+        tests = {"inputs": ["5555555555555555"], "outputs": [str(needle)], "testtype": "stdin", "solution": needle}
         program = search.format(*[f"{needle - 1} + 1"] * 2)
         assert code(fenced(program), {"tests": tests})[0] == reward
 
