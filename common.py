@@ -323,15 +323,11 @@ def check_teacher(student: str, teacher: str) -> None:
 
 def stop_ids(source: str, flag: str = "--model") -> list:
     """`eos_ids_of` a folder or hub id, without its weights."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    path = find_source(source)
+    config = load_config(source, flag)
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
-    try:
-        generation = GenerationConfig.from_pretrained(path)
+        generation = GenerationConfig.from_pretrained(find_source(source))
     except OSError:  # a folder need not have one
         generation = config
     return eos_ids_of(load_tokenizer(source, flag), config, generation)
@@ -717,10 +713,14 @@ def load_tokenizer(source: str, flag: str = "--model") -> Any:
 
 def embedding_rows(source: str, flag: str = "--model") -> int:
     """How many token ids the model of a folder or hub id can read, without its weights."""
+    return load_config(source, flag).get_text_config().vocab_size
+
+
+def load_config(source: str, flag: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(find_source(source)).get_text_config().vocab_size
+        return AutoConfig.from_pretrained(find_source(source))
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
 
@@ -766,18 +766,17 @@ def load_model(
 
 def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, flag: str) -> nn.Module:
     """The whole model on the CPU, checked."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    path = find_source(source)
+    config = load_config(source, flag)
+    saved_dtype, attention = config.dtype, attention_of(config, run.device)
+    options = dict(dtype=dtype, attn_implementation=attention, output_loading_info=True)
     try:
-        config = AutoConfig.from_pretrained(path)
-        saved_dtype = config.dtype
-        attention = attention_of(config, run.device)
-        options = dict(dtype=dtype, attn_implementation=attention, output_loading_info=True)
-        model, loading = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(find_source(source), **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
-    for missing in sorted(loading["missing_keys"]):  # transformers would leave them random
+    if loading["missing_keys"]:  # transformers would leave them random
+        missing = min(loading["missing_keys"])
         raise InputError(f"{flag} {source}: no weights for {missing} in it, which {type(model).__name__} has")
     try:
         model.generation_config.validate(strict=True)
@@ -1456,7 +1455,7 @@ class Run:
     def text(self, y: Rollout) -> str:
         return self.tokenizer.decode(y.ids, skip_special_tokens=True)
 
-    def spells(self, text: str) -> bool:
+    def has_special_token(self, text: str) -> bool:
         """Whether a special token stands in a text, which would be read as one."""
         return special_tokens(self.tokenizer).search(text) is not None
 

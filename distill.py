@@ -347,7 +347,7 @@ def check(args: Args, vocabulary: int) -> None:
 
 
 def main(args: Args) -> None:
-    # Whatever can be wrong without weights is found first.
+    # Find every error that needs no weights before loading any.
     tokenizer = load_tokenizer(args.model)
     check(args, len(tokenizer))
     rows = training_rows(args)
@@ -410,7 +410,7 @@ def main(args: Args) -> None:
         for first in range(0, args.prompts_per_step, questions):
             batch = [s for s in samples if first <= s.q < first + questions]
 
-            # 2a. Count answers and tokens of all ranks before any backward: the only denominators.
+            # 2a. Count answers and tokens of all ranks before any backward: the denominators.
             n = run.sum(sequences=len(batch), tokens=sum(len(s.y) for s in batch))
             if n["sequences"] == 0:  # true on every rank at once, so none is left waiting
                 continue
@@ -429,7 +429,7 @@ def main(args: Args) -> None:
                 if step == 1 and first == 0 and m == 0 and micro:
                     explain(run, {"student and teacher read": micro[0].prompt}, micro[0].y, stats)
 
-            # 2c. Step. Gradients add up over ranks; 2a has divided.
+            # 2c. Step. Gradients are summed over ranks.
             with run.timer("optim"):
                 totals.grad_norms.append(optimizer_step(run, lr))
 

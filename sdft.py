@@ -12,8 +12,8 @@ Run    python sdft.py                                  # the laptop world: CPU, 
        python sdft.py --preset smol                    # a pretrained model of 135M, on the same CPU
        torchrun --nproc-per-node 8 sdft.py --preset tooluse --data FOLDER
        python sdft.py --method sft --lr 3e-4 --verifier toy:lenient --out runs/sft-toy    # the baseline
-Template  The paper's large models use a demonstration that stands in the question. A small one needs it as an
-       earlier turn of the chat, TURNS: --template also takes a JSON list of chat messages.
+Template  Large models can use a demonstration quoted in the question (the paper's). Small ones need it as an
+       earlier chat turn (TURNS): --template also takes a JSON list of chat messages.
 Differs from the paper: D is the forward KL, which the authors say all published results used (Eq. 1 is
 written with the reverse; --divergence reverse_kl). From the authors' code: weights and the EMA teacher are
 fp32 (in bf16 an EMA of rate 0.01 hardly moves); an over-long prompt is left out, not cut; answers without a
@@ -68,7 +68,7 @@ from common import (
     with_template,
 )
 
-# For a model that is too small to use a demonstration inside the question: it stands there as an answer.
+# For models too small to use a demonstration quoted in the question: here it is an earlier assistant turn.
 TURNS = """[
  {"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{demonstration}"},
  {"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{demonstration}"},
@@ -356,7 +356,7 @@ def check(args: Args, vocabulary: int) -> None:
 
 
 def main(args: Args) -> None:
-    # Whatever can be wrong without weights is found first.
+    # Find every error that needs no weights before loading any.
     tokenizer = load_tokenizer(args.model)
     check(args, len(tokenizer))
     rows = load_rows(args.data, partial(to_training_row, args=args))
@@ -424,7 +424,7 @@ def main(args: Args) -> None:
                 prompts = {"student reads": micro[0].prompt, "teacher reads": micro[0].context}
                 explain(run, prompts, micro[0].y, stats)
 
-        # 5. Step. Gradients add up over ranks (3 has divided). teacher <- (1 - rate) teacher + rate student.
+        # 5. Step. Gradients are summed over ranks. teacher <- (1 - rate) teacher + rate student.
         with run.timer("optim"):
             if n["sequences"]:
                 totals.grad_norms.append(optimizer_step(run, lr))

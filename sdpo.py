@@ -3,8 +3,8 @@
     minimise   E_{y ~ student(.|x)}  1/|y|  sum_t  D( student(.|x, y_<t),  teacher(.|x, s, f, y_<t) )    Eq. 1
 
 x question | y_1..y_G a group of attempts | s_i another attempt of the group that succeeded | f_i feedback on
-y_i. The teacher, an EMA of the student, reads in hindsight what the student did not know, and scores the
-student's tokens.
+y_i. The teacher, an EMA of the student, also reads a solution or feedback that the student did not have, and
+scores the student's tokens. No gradient flows through the teacher or the sampling of y.
 
 Data   JSON lines with "prompt" and what the verifier reads, usually "answer"; "feedback" where it does not
        depend on the attempt. The authors' JSON lines, SciKnowEval and LiveCodeBench rows are mapped.
@@ -13,15 +13,15 @@ Run    python sdpo.py                                        # the laptop world:
        torchrun --nproc-per-node 4 sdpo.py --preset sciknoweval --data FILE --eval-data FILE
        python sdpo.py --policy-weight 1 --out runs/grpo-toy  # the baseline, GRPO
        torchrun --nproc-per-node 4 sdpo.py --preset ttt --data FILE --question 7  # one question, to solve
-Template  The papers' large models use a solution that stands in the question, REPROMPT. A small one needs it
-       as an earlier turn of the chat, TURNS: --template also takes a JSON list of chat messages.
+Template  Large models can use a solution quoted in the question (REPROMPT, the paper's). Small ones need it
+       as an earlier chat turn (TURNS): --template also takes a JSON list of chat messages.
 Differs from the paper: an attempt is never its own solution (authors' code; Table 2 allows it). The average
 is the code's, a mean over all attempts in which those without hindsight count as zero (--average token: over
-all tokens, the paper's). Eq. 3 mixes advantages, we mix the losses. Solved is a reward of 0.5 (code; paper:
---success 1). best/ is chosen on the test set, of which the paper reports the best value. From the code: an
-over-long teacher prompt loses the end of the solution, not of the prompt; one ratio student/sampler stands
-for the code's two; `math` takes a box anywhere, not in the last 100 characters alone; `code` stops at the
-first test that raises or times out, where theirs looks for an exception first.
+all tokens, the paper's). Eq. 3 mixes advantages, we mix the losses. An attempt counts as solved at a reward
+of 0.5 (code; paper: --success 1). best/ is chosen on the test set, of which the paper reports the best value.
+From the code: an over-long teacher prompt loses the end of the solution, not of the prompt; one ratio
+student/sampler stands for the code's two; `math` takes a box anywhere, not in the last 100 characters alone;
+`code` stops at the first test that raises or times out, where theirs looks for an exception first.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ from common import (
 REPROMPT = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
 SOLUTION = "\nCorrect solution:\n\n{solution}"
 FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}"
-# For a model that is too small to use a solution inside the question: it stands there as an answer.
+# For models too small to use a solution quoted in the question: here it is an earlier assistant turn.
 TURNS = """[
  {"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{solution}"},
  {"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{solution}"},
@@ -103,7 +103,7 @@ class PaperArgs:
     rollouts: int = 8
     """G, attempts per question. With 1 there are no others to learn from, only feedback."""
     success: float = 0.5
-    """Reward from which an attempt counts as solved, for s_i, pass@n and --question (paper: 1; code: 0.5)."""
+    """Least reward of a solved attempt, for s_i, pass@n and --question (paper: 1; authors' code: 0.5)."""
     hindsight: Literal["solution_or_feedback", "solution", "feedback", "both"] = "solution_or_feedback"
     """What the teacher reads: s_i, else f_i (authors' code); or one of them alone; or both (table 6)."""
     template: str = REPROMPT
@@ -118,7 +118,7 @@ class PaperArgs:
     advantage_clip: float = 0.0
     """reverse_kl: clamp of the log-ratio student/teacher, the paper's advantage; 0 is none (table 12: 5)."""
     entropy_quantile: float = 0.0
-    """Share of loss tokens, those of highest student entropy, that carry loss; 0 is all. Costs a forward."""
+    """Train only on this share of tokens, those of highest student entropy; 0 is all. Costs a forward."""
     average: Literal["sequence", "token"] = "sequence"
     """Both losses: sequence = mean over attempts of token means (code), token = mean over tokens (paper)."""
     is_cap: float = 2.0
@@ -152,7 +152,7 @@ class PaperArgs:
     max_prompt_tokens: int = 2048
     """Longest student prompt; rows with longer ones are left out and counted."""
     max_teacher_tokens: int = 10240
-    """Longest teacher prompt: a solution is shortened to fit; what is still too long is left out, counted."""
+    """Longest teacher prompt: a solution is shortened to fit; prompts still too long are dropped, counted."""
 
     # Generation, at temperature 1 (tables 12 and 13).
     prompts_per_step: int = 32
@@ -160,7 +160,7 @@ class PaperArgs:
     max_completion_tokens: int = 8192
     """Longest attempt, in training and evaluation."""
     mask_truncated: bool = False
-    """Attempts cut off at the limit carry no loss, but count in the group's mean; the code keeps them."""
+    """No loss on attempts cut off at the limit; they count in every mean. The authors' code keeps them."""
 
     # Optimisation: a constant learning rate after warm-up.
     epochs: float = 30.0
@@ -172,7 +172,7 @@ class PaperArgs:
     lr: float = 1e-5
     """AdamW learning rate."""
     warmup: int = 10
-    """Steps of linear warm-up."""
+    """Steps (batches of rollouts) of linear warm-up."""
     weight_decay: float = 0.01
     """AdamW weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -306,7 +306,9 @@ class Mark(NamedTuple):
     text: str
     reward: float  # r_i
     feedback: str  # f_i
-    spells: bool = False  # a special token, in the text or the feedback: the teacher would misread it
+    has_special_token: bool = (
+        False  # a special token, in the text or the feedback: the teacher would misread it
+    )
 
 
 class Sample(NamedTuple):
@@ -319,12 +321,23 @@ class Sample(NamedTuple):
     advantage: float  # of y in its group, for GRPO
 
 
-SCIENCE_SYSTEM = (
-    "\nGiven a question and four options, please select the right answer. Respond in the following format:\n"
-    "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n\nFor the answer, only output the letter "
-    "corresponding to the correct option (A, B, C, or D), and nothing else. Do not restate the answer text. "
-    'For example, if the answer is "A", just output:\n<answer>\nA\n</answer>\n'
-)
+SCIENCE_SYSTEM = """
+Given a question and four options, please select the right answer. Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+
+For the answer, only output the letter corresponding to the correct option (A, B, C, or D), \
+and nothing else. Do not restate the answer text. For example, if the answer is "A", just output:
+<answer>
+A
+</answer>
+"""
+
+
 CODE_PROMPT = (
     "You are a coding expert. You will be given a coding problem, and you need to write a correct Python "
     "program that matches the specification and passes all tests. The time limit is 1 second. You may start "
@@ -391,18 +404,25 @@ def grade_groups(run: Any, places: list, rows: list, attempts: list) -> list:
             if reward < run.args.success and not feedback:
                 feedback = row.get("feedback", "")
             text = run.text(y)
-            marks.append((place, Mark(text, reward, feedback, run.spells(text) or run.spells(feedback))))
+            marks.append(
+                (
+                    place,
+                    Mark(
+                        text, reward, feedback, run.has_special_token(text) or run.has_special_token(feedback)
+                    ),
+                )
+            )
         everyone = [mark for _, mark in sorted(run.gather(marks))]
     return [everyone[i : i + G] for i in range(0, len(everyone), G)]
 
 
 def hindsight(group: list, i: int, args: Args) -> tuple[str, str]:
-    """(s_i, f_i) of attempt i: the first other success of its group, and its feedback; "" for none."""
-    shown = [mark for j, mark in enumerate(group) if j != i and not mark.spells]
+    """(s_i, f_i): the first other success of attempt i's group, and the feedback on i; "" for none."""
+    shown = [mark for j, mark in enumerate(group) if j != i and not mark.has_special_token]
     others = [answer_of(mark.text) for mark in shown if mark.reward >= args.success]
     others = [answer for answer in others if answer]
     solution = others[0] if others and args.hindsight != "feedback" else ""
-    feedback = group[i].feedback if args.hindsight != "solution" and not group[i].spells else ""
+    feedback = group[i].feedback if args.hindsight != "solution" and not group[i].has_special_token else ""
     if args.hindsight == "solution_or_feedback" and solution:
         feedback = ""
     return solution, feedback
@@ -431,9 +451,9 @@ def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: A
 
 
 def sdpo_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args: Args) -> tuple:
-    """Eq. 3 on a micro-batch: lambda GRPO + (1 - lambda) Eq. 1; and statistics, weights, sampler log-probs.
+    """lambda GRPO + (1 - lambda) Eq. 1, in place of Eq. 3; and statistics, weights, sampler log-probs.
 
-    Both use the same hidden states and weights of tokens; Eq. 1 covers attempts with hindsight alone.
+    Both use the same hidden states and token weights; Eq. 1 uses only attempts with hindsight.
     """
     y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=h_ND.device)
     logps_N = torch.tensor([p for s in micro for p in s.logps], device=h_ND.device)
@@ -465,7 +485,7 @@ def objective_of(args: Args) -> Objective:
 
 
 def teacher_accuracy(run: Any, sampler: Any, samples: list, asked: list, step: int) -> dict:
-    """The self-teacher answers an even choice of this batch's hindsight prompts: what hindsight knows."""
+    """The self-teacher answers some of this batch's hindsight prompts: how much hindsight helps."""
     every = max(1, len(asked) // run.args.teacher_samples)
     chosen = [s for s in samples if s.context is not None and s.mask[0] and s.place % every == 0]
     rows, contexts = [asked[s.place] for s in chosen], [s.context for s in chosen]
@@ -515,7 +535,7 @@ def check(args: Args, vocabulary: int) -> None:
 
 
 def main(args: Args) -> None:
-    # Whatever can be wrong without weights is found first.
+    # Find every error that needs no weights before loading any.
     tokenizer = load_tokenizer(args.model)
     check(args, len(tokenizer))
     rows = load_rows(args.data, partial(to_row, train=not args.question))
@@ -574,7 +594,7 @@ def main(args: Args) -> None:
             run.log(step, found)
             break
         if args.search != "sdpo":  # the baselines ask again, without training
-            told = [mark.feedback for mark in groups[0] if mark.feedback and not mark.spells]
+            told = [mark.feedback for mark in groups[0] if mark.feedback and not mark.has_special_token]
             history += told if args.search == "multi_turn" else []
             if run.end_step(step, found):
                 return
@@ -603,12 +623,12 @@ def main(args: Args) -> None:
             if args.entropy_quantile:
                 taught = most_uncertain(run, student, taught, args.entropy_quantile)
 
-            # 4a. Count attempts and tokens of all ranks before any backward: the only denominators.
+            # 4a. Count attempts and tokens of all ranks before any backward: the denominators.
             n = run.sum(taught=len(taught), attempts=len(batch), tokens=sum(len(s.y) for s in batch))
             if n["taught"] == 0:  # true on every rank at once, so none is left waiting
                 continue
 
-            # 4b. Distil: the teacher scores y_i in hindsight, the student without, and only it learns.
+            # 4b. Distil: the teacher scores y_i with hindsight, the student without; only the student learns.
             for micro in micro_batches(run, taught):
                 with run.timer("teacher"):
                     told = [s for s in micro if s.context] if distils else micro
@@ -625,7 +645,7 @@ def main(args: Args) -> None:
                     prompts = {"student reads": told[0].prompt, "teacher reads": told[0].context}
                     explain(run, prompts, told[0].y, stats)
 
-            # 4c. Step. Gradients add up over ranks; 4a has divided.
+            # 4c. Step. Gradients are summed over ranks.
             with run.timer("optim"):
                 totals.grad_norms.append(optimizer_step(run, lr))
 
@@ -639,7 +659,7 @@ def main(args: Args) -> None:
         n = run.sum(active=active, dropped=dropped)
         marks = [mark for group in groups for mark in group]
         metrics["rollout/reward"] = sum(mark.reward for mark in marks) / len(marks)
-        metrics["rollout/special_tokens"] = sum(mark.spells for mark in marks)
+        metrics["rollout/special_tokens"] = sum(mark.has_special_token for mark in marks)
         metrics["distill/active_frac"] = n["active"] / len(asked)
         metrics["teacher/dropped_prompts"] = n["dropped"]
         metrics["teacher/distance"] = teacher.distance()

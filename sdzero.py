@@ -298,7 +298,7 @@ def sdzero_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, ar
 
 
 def main(args: Args) -> None:
-    # Whatever can be wrong without weights is found first.
+    # Find every error that needs no weights before loading any.
     if not args.model:
         raise InputError("--model is missing: the folder that srt.py saved, such as runs/srt-math/last")
     reviser = read_reviser(args)
@@ -389,7 +389,7 @@ def main(args: Args) -> None:
                 prompts = {"student reads": micro[0].prompt, "teacher reads": micro[0].context}
                 explain(run, prompts, micro[0].y, stats)
 
-        # 6. Step. Gradients add up over ranks (4 has divided); now and then the reviser becomes the student.
+        # 6. Step. Gradients are summed over ranks. Every --sync-every steps the reviser becomes the student.
         with run.timer("optim"):
             if n["tokens"]:
                 totals.grad_norms.append(optimizer_step(run, lr))

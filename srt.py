@@ -447,7 +447,7 @@ def srt_loss(h_ND: Tensor, head: Any, micro: list, n: dict, loss: str) -> tuple:
 
 
 def main(args: Args) -> None:
-    # Whatever can be wrong without weights is found first.
+    # Find every error that needs no weights before loading any.
     if args.collect_only and args.train_only:
         raise InputError("--collect-only stops before the training that --train-only is; drop one of them")
     tokenizer, reviser = load_tokenizer(args.model), Reviser(*PHRASES[args.phrases], args.chat_kwargs, [])
@@ -518,7 +518,7 @@ def main(args: Args) -> None:
             if step == 1 and m == 0 and micro:
                 explain(run, {"student reads": micro[0].prompt}, micro[0].y, stats)
 
-        # 2c. Step. Gradients add up over ranks; 2a has divided.
+        # 2c. Step. Gradients are summed over ranks.
         warm = replace(args, warmup=args.warmup if args.warmup >= 1 else args.warmup * length)
         lr = learning_rate(step - before, warm, length if args.schedule == "cosine" else 0)
         with run.timer("optim"):

@@ -151,7 +151,7 @@ def test_equal_rewards_take_no_step_however_their_mean_is_rounded(rewards, steps
 
 def test_an_attempt_that_spells_a_special_token_is_shown_to_nobody():
     """Neither its text nor its feedback; it still has its reward, and others still teach it."""
-    spelt = Mark("b", 1.0, "fb", spells=True)
+    spelt = Mark("b", 1.0, "fb", has_special_token=True)
     group = [Mark("a", 0.0, "fa"), spelt, Mark("c", 1.0, "fc")]
     assert [hindsight(group, i, Args(hindsight="both")) for i in range(3)] == [
         ("c", "fa"),
