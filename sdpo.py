@@ -305,10 +305,9 @@ class Mark(NamedTuple):
 
     text: str
     reward: float  # r_i
+    solution: str  # what others are shown: the answer in the text if it is right
     feedback: str  # f_i
-    has_special_token: bool = (
-        False  # a special token, in the text or the feedback: the teacher would misread it
-    )
+    hidden: bool = False  # a special token is spelled in one of these two, which is then left empty
 
 
 class Sample(NamedTuple):
@@ -401,38 +400,32 @@ def grade_groups(run: Any, places: list, rows: list, attempts: list) -> list:
     with run.timer("verify"):
         verdicts = run.grade(rows, attempts)
         for place, row, y, (reward, feedback) in zip(places, rows, attempts, verdicts, strict=True):
+            text = run.text(y)
+            solution = answer_of(text) if reward >= run.args.success else ""
             if reward < run.args.success and not feedback:
                 feedback = row.get("feedback", "")
-            text = run.text(y)
-            marks.append(
-                (
-                    place,
-                    Mark(
-                        text, reward, feedback, run.has_special_token(text) or run.has_special_token(feedback)
-                    ),
-                )
-            )
+            spelled = [part for part in (solution, feedback) if run.has_special_token(part)]
+            shown = ["" if part in spelled else part for part in (solution, feedback)]
+            marks.append((place, Mark(text, reward, *shown, bool(spelled))))
         everyone = [mark for _, mark in sorted(run.gather(marks))]
     return [everyone[i : i + G] for i in range(0, len(everyone), G)]
 
 
 def hindsight(group: list, i: int, args: Args) -> tuple[str, str]:
     """(s_i, f_i): the first other success of attempt i's group, and the feedback on i; "" for none."""
-    shown = [mark for j, mark in enumerate(group) if j != i and not mark.has_special_token]
-    others = [answer_of(mark.text) for mark in shown if mark.reward >= args.success]
-    others = [answer for answer in others if answer]
+    others = [mark.solution for j, mark in enumerate(group) if j != i and mark.solution]
     solution = others[0] if others and args.hindsight != "feedback" else ""
-    feedback = group[i].feedback if args.hindsight != "solution" and not group[i].has_special_token else ""
-    if args.hindsight == "solution_or_feedback" and solution:
-        feedback = ""
-    return solution, feedback
+    if args.hindsight == "solution" or (args.hindsight == "solution_or_feedback" and solution):
+        return solution, ""
+    return solution, group[i].feedback
 
 
 def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: Args) -> list | None:
     """The reprompt of section 2 as token ids; None when there is nothing to tell or no way to fit it.
 
-    A solution that makes it too long is cut at its end; the rest of the prompt stays whole.
+    A solution that makes it too long is cut at its end, or left out; the rest of the prompt stays whole.
     """
+    copies = max(args.template.count("{solution}"), 1)
     while solution or feedback:
         s, f = solution, feedback
         if not is_turns(args.template):
@@ -443,10 +436,10 @@ def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: A
         over = len(ids) - args.max_teacher_tokens
         if over <= 0:
             return ids
-        kept = tokenizer(solution, add_special_tokens=False)["input_ids"][:-over]
-        if not kept:
+        if not solution:
             return None
-        solution = tokenizer.decode(kept)
+        kept = tokenizer(solution, add_special_tokens=False)["input_ids"][: -math.ceil(over / copies)]
+        solution = tokenizer.decode(kept).rstrip("\ufffd")  # half a character would become longer
     return None
 
 
@@ -554,7 +547,7 @@ def main(args: Args) -> None:
     if args.question and (run.out / "solution.json").exists():
         return run.say(f"already solved, see {run.out}/solution.json")
     if args.dry_run:
-        told = hindsight([Mark("", 0.0, "<feedback>"), Mark("<another attempt>", 1.0, "")], 0, args)
+        told = hindsight([Mark("", 0.0, "", "<feedback>"), Mark("", 1.0, "<another attempt>", "")], 0, args)
         run.say(f"student reads: {tokenizer.decode(train[0]['prompt_ids'])}")
         ids = teacher_ids(train[0], *told, tokenizer, args) or []
         return run.say(
@@ -594,8 +587,7 @@ def main(args: Args) -> None:
             run.log(step, found)
             break
         if args.search != "sdpo":  # the baselines ask again, without training
-            told = [mark.feedback for mark in groups[0] if mark.feedback and not mark.has_special_token]
-            history += told if args.search == "multi_turn" else []
+            history += [mark.feedback for mark in groups[0] if mark.feedback and args.search == "multi_turn"]
             if run.end_step(step, found):
                 return
             continue
@@ -659,7 +651,7 @@ def main(args: Args) -> None:
         n = run.sum(active=active, dropped=dropped)
         marks = [mark for group in groups for mark in group]
         metrics["rollout/reward"] = sum(mark.reward for mark in marks) / len(marks)
-        metrics["rollout/special_tokens"] = sum(mark.has_special_token for mark in marks)
+        metrics["rollout/special_tokens"] = sum(mark.hidden for mark in marks)
         metrics["distill/active_frac"] = n["active"] / len(asked)
         metrics["teacher/dropped_prompts"] = n["dropped"]
         metrics["teacher/distance"] = teacher.distance()
