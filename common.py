@@ -68,11 +68,15 @@ EVAL_STREAM, TRAIN_STREAM, TEACHER_STREAM = 0, 1, 2  # families of random number
 
 
 class InputError(ValueError):
-    """The user asked for something that cannot work: one sentence, exit code 2, no traceback."""
+    """The user asked for something that cannot work: one sentence, no traceback."""
+
+    exit_code = 2
 
 
 class RunError(RuntimeError):
-    """The run cannot continue: one sentence, exit code 1."""
+    """The run cannot continue: one sentence, no traceback."""
+
+    exit_code = 1
 
 
 # ---- 1. Generation: the same rollout in any batch, on any number of processes
@@ -1351,39 +1355,32 @@ def parse_args(args_type: type, presets: dict, argv: list | None = None) -> Any:
     description = re.sub("^", " ", module.__doc__, flags=re.M)  # tyro keeps the layout of indented text
     args = tyro.cli(args_type, default=default, args=argv, description=description)
     for key, value in vars(args).items():
+        least, most = "above" if key in POSITIVE else "at least", 1 if key in SHARES else math.inf
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)):
-                check_range(key, number)
+            if not isinstance(number, (int, float)):
+                continue
+            if not 0 <= number <= most or (number == 0 and key in POSITIVE):
+                flag, limits = f"--{key.replace('_', '-')} {number:g}", f"{least} 0 and at most {most:g}"
+                raise InputError(f"{flag}: expected a number {limits}")
     return args
-
-
-def check_range(key: str, number: float) -> None:
-    low = "above" if key in POSITIVE else "at least"
-    high = 1 if key in SHARES else math.inf
-    if not 0 <= number <= high or (number == 0 and key in POSITIVE):
-        limits = f"{low} 0 and at most {high:g}"
-        raise InputError(f"--{key.replace('_', '-')} {number:g}: expected a number {limits}")
 
 
 def launch(main: Any, args_type: type, presets: dict) -> None:
     """The entry point of every script: parses flags, runs, and prints our own errors as one sentence."""
-    code, problem = 0, None
+    code = 0
     try:
         main(parse_args(args_type, presets))
         if dist.is_initialized():
             dist.barrier()  # no process leaves while another still writes or reports
-    except InputError as error:
-        code, problem = 2, error
-    except RunError as error:
-        code, problem = 1, error
+    except (InputError, RunError) as error:
+        code = error.exit_code
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
     finally:
         if "vllm.distributed" in sys.modules:  # its groups end before the group they live in
             sys.modules["vllm.distributed"].cleanup_dist_env_and_memory()
         if dist.is_initialized():
             dist.destroy_process_group()
-    if problem:
-        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}error: {problem}", file=sys.stderr, flush=True)
     if int(os.environ.get("RANK", 0)):  # about one rank in fifty aborts in torch while Python shuts down
         sys.stdout.flush()
         os._exit(code)
@@ -1640,28 +1637,16 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
 
 
-def context_of(sample: Any) -> list:
-    """What the teacher reads before y, where that is not the student's prompt."""
-    return getattr(sample, "context", None) or []
-
-
-def prompt_first(sample: Any) -> tuple:
-    return len(sample.prompt), sample.prompt, context_of(sample), len(sample.y)
-
-
-def answer_first(sample: Any) -> tuple:
-    return len(sample.y), sample.prompt
-
-
 def tokens_read(samples: list, shares_prompts: bool) -> float:
     """Tokens that `completion_states` reads of a micro-batch, with padding: the longer side's.
 
     A token in an attempt's copy of its prompt's cache takes an eighth of the memory of one that is read.
     """
+    contexts = [getattr(s, "context", None) or [] for s in samples]  # read by the teacher
     sizes = []
-    for prompts in ([tuple(s.prompt) for s in samples], [tuple(context_of(s)) for s in samples]):
-        read = len(set(prompts)) + len(prompts) / 8 if shares_prompts else len(prompts)
-        sizes.append(read * max(map(len, prompts)))
+    for prompts in ([s.prompt for s in samples], contexts):
+        distinct = len(set(map(tuple, prompts))) + len(prompts) / 8
+        sizes.append((distinct if shares_prompts else len(prompts)) * max(map(len, prompts)))
     return max(sizes) + len(samples) * max(len(s.y) for s in samples)
 
 
@@ -1671,20 +1656,20 @@ def micro_batches(run: Run, samples: list) -> list:
     Attempts of a prompt stay together, or completions of one length, whichever reads less. Every rank gets
     the same number: some end with empty ones (see `completion_states`).
     """
-    plans, shared = [[], []], run.student.shares_prompts
-    for plan, order in zip(plans, (prompt_first, answer_first), strict=True):
-        for sample in sorted(samples, key=order, reverse=True):
+    plans, shared = [], run.student.shares_prompts
+    by_prompt = sorted(samples, key=lambda s: (len(s.prompt), s.prompt, len(s.y)), reverse=True)
+    by_length = sorted(samples, key=lambda s: (len(s.y), s.prompt), reverse=True)
+    for order in (by_prompt, by_length):
+        plan = []
+        for sample in order:
             if plan and tokens_read([*plan[-1], sample], shared) <= run.args.tokens_per_batch:
                 plan[-1].append(sample)
             else:
                 plan.append([sample])
-    read = [sum(tokens_read(batch, shared) for batch in plan) for plan in plans]
-    batches = plans[read.index(min(read))]
-    if not dist.is_initialized():
-        return batches
-    most = torch.tensor(len(batches), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return batches + [[]] * (most.item() - len(batches))
+        plans.append((sum(tokens_read(batch, shared) for batch in plan), plan))
+    batches = min(plans, key=lambda plan: plan[0])[1]
+    most = max(run.gather([len(batches)]))
+    return batches + [[]] * (most - len(batches))
 
 
 @torch.no_grad()
@@ -1743,13 +1728,11 @@ class Totals:
 
 
 def rollout_metrics(run: Run, rollouts: list) -> dict:
-    """Length and cut-off share of the step's completions over all ranks."""
-    lengths, cut = [len(y.ids) for y in rollouts], sum(not y.finished for y in rollouts)
-    n = run.sum(rollouts=len(rollouts), tokens=sum(lengths), cut=cut)
-    mean, share = n["tokens"] / max(n["rollouts"], 1), n["cut"] / max(n["rollouts"], 1)
-    if share == 1:
+    """Of the step's completions over all ranks."""
+    found = {f"rollout/{name}": value for name, value in lengths_of(run, rollouts).items()}
+    if found["rollout/cut_frac"] == 1:
         run.say("warning: every completion was cut off; raise --max-completion-tokens")
-    return {"train/tokens": n["tokens"], "rollout/length": mean, "rollout/cut_frac": share}
+    return {"train/tokens": run.sum(tokens=sum(len(y.ids) for y in rollouts))["tokens"], **found}
 
 
 def learning_rate(step: int, args: Any, steps: int = 0) -> float:
@@ -1870,25 +1853,21 @@ def evaluate(run: Run, sampler: Sampler, model: nn.Module, step: int, how: Sampl
 
     Prompts and random numbers are the same at every evaluation, on any number of processes.
     """
-    metrics, said = {}, []
+    metrics, said, n, scores = {}, [], run.args.eval_samples, run.state["scores"]
     with run.timer("eval"):
         for place, name in enumerate(run.evals):
             found = evaluate_set(run, sampler, model, step, how, place)
-            avg, se = found[f"avg@{run.args.eval_samples}"], found["se"]
-            where = f"eval/{name}" if place else "eval"
-            metrics |= {f"{where}/{key}": value for key, value in found.items()}
-            said.append(f"{name} {avg:.3f} ± {se:.3f}")
-            if place == 0:
-                now = {"step": step, "avg": avg, "se": se}
-    if said:
-        run.say(f"step {step}: {', '.join(said)}")
-        scores = run.state["scores"]
-        scores["last"] = now
-        best = scores.get("best", scores.setdefault("base", now))
-        if now["avg"] > best["avg"]:
-            scores["best"] = now
-            text = f"Best {next(iter(run.evals))} of {run.out.name}: {now}"
-            save_folder(run, model, "best", model_card(run, now, text))
+            metrics |= {f"eval/{name}/{key}" if place else f"eval/{key}": x for key, x in found.items()}
+            said.append(f"{name} {found[f'avg@{n}']:.3f} ± {found['se']:.3f}")
+    if not said:
+        return {}
+    run.say(f"step {step}: {', '.join(said)}")
+    now = {"step": step, "avg": metrics[f"eval/avg@{n}"], "se": metrics["eval/se"]}
+    scores["last"] = now
+    best = scores.get("best", scores.setdefault("base", now))
+    if now["avg"] > best["avg"]:
+        scores["best"] = now
+        save_folder(run, model, "best", model_card(run, now, f"Best {next(iter(run.evals))}: {now}"))
     return metrics
 
 
@@ -1901,9 +1880,7 @@ def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: S
     rewards = [reward for reward, _ in run.grade(asked, answers)]
     groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
     means, solved = [sum(group) / n for group in groups], sum(max(group) >= run.success for group in groups)
-    tokens, cut = sum(len(y.ids) for y in answers), sum(not y.finished for y in answers)
-    squares = sum(m * m for m in means)
-    t = run.sum(rows=len(groups), mean=sum(means), squares=squares, solved=solved, tokens=tokens, cut=cut)
+    t = run.sum(rows=len(groups), mean=sum(means), squares=sum(m * m for m in means), solved=solved)
     if run.main:
         samples = []
         for row, y, reward in list(zip(asked, answers, rewards, strict=True))[: 4 * n : n]:
@@ -1911,13 +1888,21 @@ def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: S
             samples.append({**sample, "prompt": run.tokenizer.decode(row["prompt_ids"]), "reward": reward})
         append_jsonl(run.out / "samples.jsonl", samples)
         if run.wandb:
-            table = [list(sample.values()) for sample in samples]
-            columns = list(samples[0])
-            run.wandb.log({f"samples/{name}": sys.modules["wandb"].Table(columns, table)}, step=step)
+            table = sys.modules["wandb"].Table(
+                list(samples[0]), [list(sample.values()) for sample in samples]
+            )
+            run.wandb.log({f"samples/{name}": table}, step=step)
     P, mean = t["rows"], t["mean"] / t["rows"]
     error = math.sqrt(max(t["squares"] / P - mean**2, 0) / max(P - 1, 1))
-    found = {f"avg@{n}": mean, "se": error, "length": t["tokens"] / (P * n), "cut_frac": t["cut"] / (P * n)}
+    found = {f"avg@{n}": mean, "se": error, **lengths_of(run, answers)}
     return found | ({f"pass@{n}": t["solved"] / P} if n > 1 else {})
+
+
+def lengths_of(run: Run, rollouts: list) -> dict:
+    """Mean length and cut-off share over all ranks."""
+    tokens, cut = sum(len(y.ids) for y in rollouts), sum(not y.finished for y in rollouts)
+    n = run.sum(rollouts=len(rollouts), tokens=tokens, cut=cut)
+    return {"length": n["tokens"] / max(n["rollouts"], 1), "cut_frac": n["cut"] / max(n["rollouts"], 1)}
 
 
 def explain(run: Run, prompts: dict, y: list, stats: dict) -> None:
@@ -1969,56 +1954,46 @@ def model_card(run: Run, score: dict | None, text: str) -> str:
     """`text` under the metadata that the Hugging Face Hub reads; `score` is that of the first evaluation."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    model, data, results = hub_id(run.args.model), hub_id(run.args.data), []
+    card = ModelCardData(library_name="transformers", pipeline_tag="text-generation", model_name=run.out.name)
+    card.base_model, data = hub_id(run.args.model), hub_id(run.args.data)
+    card.datasets, card.tags = data and [data], ["self-distillation", Path(sys.argv[0]).stem]
     if score:
-        name, source = next(iter(run.evals)), run.args.eval_data[0]
-        metric = dict(metric_type="accuracy", metric_name=f"avg@{run.args.eval_samples}")
-        where = dict(task_type="text-generation", dataset_name=name, dataset_type=hub_id(source) or name)
-        results = [EvalResult(metric_value=score["avg"], **metric, **where)]
-    metadata = ModelCardData(
-        base_model=model or None,
-        datasets=[data] if data else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["self-distillation", Path(sys.argv[0]).stem],
-        model_name=run.out.name,
-        eval_results=results or None,
-    )
-    return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
+        name, source = next(iter(run.evals)), hub_id(run.args.eval_data[0])
+        result = EvalResult("text-generation", source or name, name, "accuracy", score["avg"])
+        result.metric_name = f"avg@{run.args.eval_samples}"
+        card.eval_results = [result]
+    return f"---\n{card.to_yaml()}\n---\n\n{text}"
 
 
-def hub_id(source: str) -> str:
-    """The repository of a model or data set on the hub; "" for files and folders."""
+def hub_id(source: str) -> str | None:
+    """The repository of a model or data set on the hub; None for files and folders."""
     local = Path(find_source(source.partition("#")[0]).partition("@")[0]).exists()
-    return "" if local else re.split("[:@#]", source)[0]
+    return None if local else re.split("[:@#]", source)[0]
 
 
 def draw_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: evaluation, loss, divergence, reward and length over steps."""
     import matplotlib
+    import pandas
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read_jsonl(out / "metrics.jsonl")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    patterns = (
-        "eval.*/avg@",
-        "train/loss",
-        "distill/divergence$",
-        "rollout/reward|teacher/accuracy",
-        "rollout/length",
+    table = pandas.DataFrame(read_jsonl(out / "metrics.jsonl")).set_index("step")
+    parts = (
+        "^eval.*/avg@",
+        "^train/loss",
+        "^distill/divergence$",
+        "^rollout/reward|^teacher/acc",
+        "^rollout/len",
     )
-    panels = [[name for name in names if re.match(pattern, name)] for pattern in patterns]
-    panels = [panel for panel in panels if panel]
+    panels = [panel for part in parts if len((panel := table.filter(regex=part)).columns)]
     if not panels:
         return
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         for name in panel:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points, strict=True), marker=".", label=name)
-        axis.set_xlabel("step")
+            panel[name].dropna().plot(ax=axis, marker=".", label=name)
         axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=150)
@@ -2118,23 +2093,17 @@ def choice(completion: str, row: dict) -> float:
     return float(letter.strip() == str(row["answer"]).strip())
 
 
-def tool_use(completion: str, row: dict) -> tuple[float, str]:
+def tool_use(completion: str, row: dict) -> float:
     """1 if the actions (as a multiset) and the merged inputs are those of row["answer"] (ToolAlpaca, SDFT).
 
-    As in the authors' code, an input ends at its first closing brace.
+    As in the authors' code, an input ends at its first closing brace. Feedback would tell the answer.
     """
     answer, gold = answer_of(completion), row["answer"]
     gold = json.loads(gold) if isinstance(gold, str) else gold
-    wanted = sorted(call["Action"] for call in gold)
-    wanted_inputs = merge_inputs(call["Action_Input"] for call in gold)
     actions = sorted(re.findall(r"Action:\s*(\w+)", answer))
     inputs = merge_inputs(re.findall(r"Action Input:\s*({.*?})", answer, re.DOTALL))
-    problems = []
-    if actions != wanted:
-        problems.append(f"Actions mismatch: predicted {actions}, expected {wanted}")
-    if inputs != wanted_inputs:
-        problems.append(f"Action inputs mismatch: predicted {inputs}, expected {wanted_inputs}")
-    return float(not problems), "; ".join(problems)
+    wanted = merge_inputs(call["Action_Input"] for call in gold)
+    return float(actions == sorted(call["Action"] for call in gold) and inputs == wanted)
 
 
 def merge_inputs(texts: Iterable[Any]) -> dict:
@@ -2309,16 +2278,11 @@ def outputs_agree(kind: str, output: str, expected: str) -> bool:
     try:
         if kind == "functional":
             return json.loads(output) == json.loads(expected)
-        lines, wanted = output.strip().split("\n"), expected.strip().split("\n")
-        return len(lines) == len(wanted) and all(map(lines_agree, lines, wanted))
-    except (ArithmeticError, RecursionError, ValueError):
+        pairs = zip(output.strip().split("\n"), expected.strip().split("\n"), strict=True)
+        unequal = [(line.split(), wanted.split()) for line, wanted in pairs if line.strip() != wanted.strip()]
+        return all([*map(decimal.Decimal, a)] == [*map(decimal.Decimal, b)] for a, b in unequal)
+    except (ArithmeticError, RecursionError, ValueError):  # not JSON, not numbers, or not as many lines
         return False
-
-
-def lines_agree(line: str, wanted: str) -> bool:
-    if line.strip() == wanted.strip():
-        return True
-    return list(map(decimal.Decimal, line.split())) == list(map(decimal.Decimal, wanted.split()))
 
 
 START_SECONDS = 10  # for Python and the sandbox to start, beyond the time for the tests
@@ -2494,9 +2458,6 @@ class Verifier(NamedTuple):
     name: str
     function: Callable
 
-    def __call__(self, completion: str, row: dict) -> Any:
-        return self.function(completion, row)
-
 
 def load_verifier(name: str, unsafe_code: bool = False) -> Verifier:
     """The verifier `exact`, `choice`, `tool_use`, `math`, `code`, or a user's `path/to/file.py:function`.
@@ -2534,12 +2495,12 @@ def grade(verify: Verifier, completions: list[tuple[str, dict]]) -> list[tuple[f
 
     def grade_one(pair: tuple[str, dict]) -> Any:
         try:
-            return verify(*pair)
+            return verify.function(*pair)
         except Exception as error:
             return error
 
     async def grade_all() -> list:
-        return await asyncio.gather(*(verify(*pair) for pair in completions), return_exceptions=True)
+        return await asyncio.gather(*(verify.function(*pair) for pair in completions), return_exceptions=True)
 
     rows = [row for _, row in completions]
     if inspect.iscoroutinefunction(verify.function):
@@ -2573,25 +2534,22 @@ def check_gold(rows: list[dict], name: str) -> None:
     `code` needs usable tests, the others an answer that is not empty. A user's verifier is not checked.
     """
     for row in rows if name in VERIFIERS else []:
-        where, gold = row.get("where", "this row"), row.get("answer")
+        where, gold, wanted = row.get("where", "this row"), row.get("answer"), "an answer"
         if name == "code":
             read_tests(row)
-        elif "answer" not in row:
-            raise InputError(
-                f"{where}: missing 'answer' (found: {', '.join(row)}); --verifier {name} needs it"
-            )
-        elif gold in (None, [], {}) or gold != gold or str(gold).strip() == "":
-            raise InputError(f"{where}: 'answer' is {json.dumps(gold)}; --verifier {name} needs an answer")
-        elif name == "tool_use":
+            continue
+        usable = gold not in (None, [], {}) and gold == gold and str(gold).strip() != ""
+        if usable and name == "tool_use":
+            wanted = 'a list of {"Action": name, "Action_Input": JSON object}, or that as JSON text'
             try:
-                usable = tool_use("", row)[0] == 0  # 1 if there is no call in the answer
+                usable = not tool_use("", row)  # 1 if there is no call in the answer
             except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
                 usable = False
-            if not usable:
-                wanted = 'a list of {"Action": name, "Action_Input": JSON object}, or that as JSON text'
-                raise InputError(
-                    f"{where}: 'answer' is {clip(repr(gold))}; --verifier tool_use needs {wanted}"
-                )
+        if "answer" not in row:
+            raise InputError(f"{where}: no column 'answer' ({', '.join(row)}); --verifier {name} needs it")
+        if not usable:
+            found = clip(json.dumps(gold, default=repr))
+            raise InputError(f"{where}: 'answer' is {found}; --verifier {name} needs {wanted}")
 
 
 # ---- 8. vLLM: the same distribution from a second engine, with our weights, checked before every draw

@@ -96,12 +96,14 @@ def test_turns_hold_the_bare_texts_and_an_empty_one_is_dropped(solution, feedbac
     sdpo.check(Args(template=TURNS), 1000)
 
 
-def test_a_long_solution_in_turns_loses_its_own_end():
-    told = chat("0123456789" * 5, "", max_teacher_tokens=30, template=TURNS)
+@pytest.mark.parametrize("template, length", [(TURNS, 30), (sdpo.TURNS, 29)])
+def test_a_long_solution_in_turns_loses_its_own_end(template, length):
+    """No more than has to go: where it stands twice, half as much of each copy."""
+    told = chat("0123456789" * 5, "", max_teacher_tokens=30, template=template)
     assert told.startswith("<|user|>mul:12<|end|><|assistant|>012")
     assert told.endswith("<|end|><|user|>mul:12<|end|><|assistant|>")
-    assert len(toy.make_tokenizer()(told)["input_ids"]) == 30
-    assert chat("", "", template=TURNS) is None
+    assert len(toy.make_tokenizer()(told)["input_ids"]) == length
+    assert chat("", "", template=template) is None
 
 
 def test_an_attempt_is_never_its_own_solution():

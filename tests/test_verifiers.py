@@ -157,14 +157,9 @@ def test_text_verifiers(name, row, right, wrong):
     assert rewards == [1.0] * len(right) + [0.0] * len(wrong + ANYTHING)
 
 
-def test_tool_use_reads_json_text_and_explains():
+def test_tool_use_reads_json_text():
     row = {"answer": json.dumps(TOOL["answer"])}
-    assert tool_use(CALL, row) == (1.0, "")
-    assert tool_use('Action: put\nAction Input: {"id": 2}', row) == (
-        0.0,
-        "Actions mismatch: predicted ['put'], expected ['get']; "
-        "Action inputs mismatch: predicted {'id': 2}, expected {'id': 1}",
-    )
+    assert tool_use(CALL, row) == 1.0 and tool_use('Action: put\nAction Input: {"id": 2}', row) == 0.0
 
 
 # ---------------------------------------------------------------- math
@@ -780,7 +775,6 @@ def test_user_functions_run_in_the_main_thread_on_the_whole_completion(mine):
     assert grade(mine("own_loop"), [("", {})]) == [(1.0, "")]
     assert grade(mine("whole"), [("<think>x</think>y", {})]) == [(1.0, "")]
     assert grade(mine("half"), []) == []
-    assert mine("half")("", {}) == (0.5, "nearly")
 
 
 @pytest.mark.parametrize(
@@ -887,7 +881,7 @@ def test_an_empty_answer_is_refused(name, row, found):
 
 
 def test_a_missing_answer_is_refused():
-    with pytest.raises(InputError, match=r"^f:17: missing 'answer' \(found: prompt, where\)"):
+    with pytest.raises(InputError, match=r"^f:17: no column 'answer' \(prompt, where\)"):
         check_gold([{"prompt": "x", "where": "f:17"}], "exact")
     with pytest.raises(InputError, match="^f:17: 'tests' cannot be used"):
         check_gold([{"prompt": "x", "where": "f:17"}], "code")
