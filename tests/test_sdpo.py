@@ -924,14 +924,14 @@ def test_multi_turn_reads_the_question_and_the_newest_feedback_that_fits():
         ("--mini-batch 3", "must divide --prompts-per-step"),
         ("--policy-weight 2", "--policy-weight 2: expected"),
         ("--support student_topk --topk 1000", "--topk 1000: the vocabulary has"),
-        ("--support sampled", "add --divergence reverse_kl"),
-        ("--advantage-clip 5", "add --divergence reverse_kl"),
+        ("--support sampled", "needs --divergence reverse_kl"),
+        ("--advantage-clip 5", "needs --divergence reverse_kl"),
         ("--question 1", "add --prompts-per-step 1"),
         ("--search best_of_k", "add --question"),
         ("--question 99 --prompts-per-step 1", "--question 99: the rows of .* are 1 to 24"),
         ("--template {prompt}", "placeholders {feedback}, {solution}"),
         ("--template {prompt}{solution}", "placeholders {feedback}$"),
-        (f"--template {TURNS.replace(' ', '')[:-1]}", "or a JSON list such as"),
+        (f"--template {TURNS.replace(' ', '')[:-1]}", "expected text or chat messages"),
     ],
 )
 def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
