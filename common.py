@@ -711,7 +711,9 @@ def load_tokenizer(source: str, flag: str = "--model") -> Any:
             raise OSError("no tokenizer file")  # transformers would make an empty one up
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {source}: no tokenizer could be loaded ({first_line(error)})") from error
+        raise InputError(
+            f"{flag} {source}: no folder or hub id with a tokenizer ({first_line(error)})"
+        ) from error
     if flag == "--model" and not tokenizer.chat_template:
         raise InputError(f"{flag} {source} has no chat template; use an instruction-tuned model")
     if tokenizer.eos_token_id is None:
@@ -1214,7 +1216,7 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
     kept = [row for row in rows if all(len(row[ids]) <= getattr(args, limits[ids]) for ids in limits)]
     if not kept:
         flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in limits.values())
-        raise InputError(f"all {len(rows)} rows are longer than {flags} allow; raise them")
+        raise InputError(f"none of the {len(rows)} rows fits; raise {flags}")
     return kept
 
 
@@ -1336,13 +1338,12 @@ def parse_args(args_type: type, presets: dict, argv: list | None = None) -> Any:
     description = re.sub("^", " ", module.__doc__, flags=re.M)  # tyro keeps the layout of indented text
     args = tyro.cli(args_type, default=default, args=argv, description=description)
     for key, value in vars(args).items():
-        least, most = "above" if key in POSITIVE else "at least", 1 if key in SHARES else math.inf
+        least, most = "above 0" if key in POSITIVE else "at least 0", 1 if key in SHARES else math.inf
+        wanted = f"{least} and at most {most}" if key in SHARES else least
         for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, (int, float)):
-                continue
-            if not 0 <= number <= most or (number == 0 and key in POSITIVE):
-                flag, limits = f"--{key.replace('_', '-')} {number:g}", f"{least} 0 and at most {most:g}"
-                raise InputError(f"{flag}: expected a number {limits}")
+            fits = not isinstance(number, (int, float)) or 0 <= number <= most
+            if not fits or (number == 0 and key in POSITIVE):
+                raise InputError(f"--{key.replace('_', '-')} {number:g}: expected a number {wanted}")
     return args
 
 
@@ -2454,7 +2455,12 @@ def load_verifier(name: str, unsafe_code: bool = False) -> Verifier:
         there = f"there is no file {path}; " if path.endswith(".py") else ""
         known = ", ".join(VERIFIERS)
         raise InputError(f"--verifier {name}: {there}expected {known} or path/to/file.py:function")
-    verify = getattr(load_file(file.resolve()), function, None)
+    try:
+        verify = getattr(load_file(file.resolve()), function, None)
+    except Exception as error:  # whatever the user's file does
+        raise InputError(
+            f"--verifier {name}: {type(error).__name__} in {path}: {first_line(error)}"
+        ) from error
     if not callable(verify):
         raise InputError(f"--verifier {name}: {path} defines no function {function}")
     return Verifier(name, verify)
@@ -2520,7 +2526,7 @@ def check_gold(rows: list[dict], name: str) -> None:
             except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
                 usable = False
         if "answer" not in row:
-            raise InputError(f"{where}: no column 'answer' ({', '.join(row)}); --verifier {name} needs it")
+            raise InputError(f"{where}: no column 'answer', which --verifier {name} needs")
         if not usable:
             found = clip(json.dumps(gold, default=repr))
             raise InputError(f"{where}: 'answer' is {found}; --verifier {name} needs {wanted}")

@@ -383,7 +383,7 @@ MISTAKES = """--lmbda 1.5 | --lmbda 1.5: expected
 --teacher-url http://x/v1 --support student_topk --topk 5 | --support student_topk is not for --teacher-url
 --teacher-url http://x/v1 --objective sft --lmbda 0 | a server scores answers
 --teacher-url http://x/v1 --lmbda 0 --outputs teacher | a server scores answers
---teacher /nowhere | --teacher /nowhere: no tokenizer could be loaded
+--teacher /nowhere | --teacher /nowhere: no folder or hub id with a tokenizer
 --verifier nothing | --verifier nothing: expected"""
 
 

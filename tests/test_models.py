@@ -268,7 +268,7 @@ def test_folders_without_tokenizer_chat_template_or_model_are_refused(tmp_path, 
         load_tokenizer(str(folder))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(InputError, match="no tokenizer could be loaded"):
+    with pytest.raises(InputError, match="no folder or hub id with a tokenizer"):
         load_tokenizer(str(folder))
     with pytest.raises(InputError, match="no model could be loaded"):
         load_model(str(tmp_path / "nowhere"), run)

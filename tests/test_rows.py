@@ -418,7 +418,7 @@ def test_long_prompts_are_left_out_and_something_is_left():
     assert tokenize(rows, tokenizer, args) == rows[:1]
     assert rows[0]["prompt_ids"] == chat_ids(tokenizer, rows[0]["prompt"], {}, args)
     assert len(tokenize(rows, tokenizer, Args(max_prompt_tokens=len(rows[1]["prompt_ids"])))) == 2
-    with pytest.raises(InputError, match="all 1 rows are longer than --max-prompt-tokens allow; raise them"):
+    with pytest.raises(InputError, match="none of the 1 rows fits; raise --max-prompt-tokens"):
         tokenize(rows[1:], tokenizer, args)
 
 
