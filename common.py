@@ -148,10 +148,11 @@ def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: 
     for t in range(T):
         token_B, logp_B = draw(head_of(model).logits(h_BD), noise_BT[alive, t], how)
         over_B = torch.isin(token_B, eos)
-        for row, *told in zip(*(x.tolist() for x in (alive, token_B, logp_B, over_B)), strict=True):
-            ids[row].append(told[0])
-            logps[row].append(told[1])
-            finished[row] = told[2]
+        drawn = zip(*(x.tolist() for x in (alive, token_B, logp_B, over_B)), strict=True)
+        for row, token, logp, over in drawn:
+            ids[row].append(token)
+            logps[row].append(logp)
+            finished[row] = over
         bar.update(over_B.sum().item() if t + 1 < T else len(over_B))
         if t + 1 == T or over_B.all():
             break
@@ -197,7 +198,8 @@ def draw(z_BV: Tensor, noise_B: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     if how.temperature == 0:
         token_B = z_BV.argmax(-1)
         return token_B, z_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0]
-    z_BV = z_BV / how.temperature
+    if how.temperature != 1:
+        z_BV = z_BV / how.temperature
     if how.top_p < 1:
         p_BV, order = z_BV.softmax(-1).sort(descending=True)
         beyond = p_BV.cumsum(-1) - p_BV >= how.top_p  # the mass before this token already suffices
@@ -520,15 +522,15 @@ class _DistillLoss(torch.autograd.Function):
 
 def _token_losses(z: Tensor, others: list, n: Tensor, inputs: LossInputs) -> tuple[Tensor, list]:
     """d loss / d logits and [loss, *STATS] of the tokens n, from the student's logits z and the teacher's."""
-    objective, told, y = inputs.objective, inputs.teacher, inputs.y_N[n, None]
+    objective, served, y = inputs.objective, inputs.teacher, inputs.y_N[n, None]
     log_p, p = _log_softmax(z), z.softmax(-1)
     logp = log_p.gather(-1, y)[:, 0]
     if others:
-        told, t = None, others[0]
+        served, t = None, others[0]
         if inputs.teacher[0][0] != 1:
             t = sum(share * other for (share, _, _), other in zip(inputs.teacher, others, strict=True))
         log_q = _log_softmax(t)
-    teacher_logp = told.logp_N[n] if told else log_q.gather(-1, y)[:, 0]
+    teacher_logp = served.logp_N[n] if served else log_q.gather(-1, y)[:, 0]
     mass_p = mass_q = ratio = torch.ones_like(logp)
     if inputs.behaviour_N is not None:
         ratio = (logp - inputs.behaviour_N[n]).exp().clamp(max=objective.is_cap or math.inf)
@@ -540,8 +542,8 @@ def _token_losses(z: Tensor, others: list, n: Tensor, inputs: LossInputs) -> tup
         D = _clipped(logp - teacher_logp, objective.clip)
         grad = D[:, None] * p.neg().scatter_add_(-1, y, torch.ones_like(p[:, :1]))  # d log p(y) / dz
     else:
-        if told:
-            kept, log_qK, log_q = told.ids_NK[n], told.logps_NK[n].to(z.dtype), None
+        if served:
+            kept, log_qK, log_q = served.ids_NK[n], served.logps_NK[n].to(z.dtype), None
         else:
             ranked = z if objective.support == "student_topk" else t
             kept = ranked.topk(objective.topk, sorted=False).indices
@@ -2626,8 +2628,8 @@ class VllmSampler(Sampler):
         ours, _ = token_logps(h_ND, head_of(model), y_N)
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         [answer] = self.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
-        told = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
-        theirs = torch.tensor([read_logps(entry, i, math.inf)[i] for entry, i in told])
+        scored = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
+        theirs = torch.tensor([read_logps(entry, i, math.inf)[i] for entry, i in scored])
         gap = (ours.cpu() - theirs).abs().mean().item()
         if not gap <= LARGEST_GAP[self.dtype]:
             raise RunError(f"its weights are not ours: log-probs of a fixed text differ by {gap:.2g}")
@@ -2656,8 +2658,8 @@ class VllmSampler(Sampler):
         first, rollouts = sum(map(len, parts[: self.run.rank % len(parts)])), []
         for answer in answers[first : first + len(prompts)]:
             ids = list(answer.outputs[0].token_ids)
-            told = zip(answer.outputs[0].logprobs, ids, strict=True)
-            logps = [read_logps(entry, i, math.inf)[i] for entry, i in told]
+            scored = zip(answer.outputs[0].logprobs, ids, strict=True)
+            logps = [read_logps(entry, i, math.inf)[i] for entry, i in scored]
             rollouts.append(Rollout(ids, logps, ids[-1] in self.eos.tolist()))
         return rollouts
 
@@ -2692,12 +2694,12 @@ def start_vllm(student: nn.Module, run: Run, dtype: str) -> Any:
 def read_logps(entry: dict, sent: int, vocabulary: float) -> dict:
     """{token: log-prob} of one position as vLLM tells it, here or over HTTP; ValueError if that is wrong."""
     try:
-        told = {int(i): float(e["logprob"] if isinstance(e, dict) else e.logprob) for i, e in entry.items()}
+        logps = {int(i): float(e["logprob"] if isinstance(e, dict) else e.logprob) for i, e in entry.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"is {str(entry)[:80]!r}, not token ids with log-probs") from error
-    if sent not in told:
-        raise ValueError(f"has no log-prob of the sent token {sent}, only of {sorted(told)[:9]}")
-    for i, logp in told.items():
+    if sent not in logps:
+        raise ValueError(f"has no log-prob of the sent token {sent}, only of {sorted(logps)[:9]}")
+    for i, logp in logps.items():
         if not (math.isfinite(logp) and logp < 1e-3 and 0 <= i < vocabulary):
             raise ValueError(f"says log-prob {logp} of token {i}; expected up to 0, below {vocabulary}")
-    return told
+    return logps

@@ -464,9 +464,9 @@ def sdpo_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args
         loss = -args.policy_weight * (weight_N * gain_N).sum()
         stats = {"logp": logp_N.detach(), "entropy": entropy_N, "ratio": ratio_N.detach()}
     if args.policy_weight < 1:  # Eq. 1
-        told = [s.context is not None for s in micro for _ in s.y]
-        told_N = torch.tensor(told, dtype=torch.bool, device=h_ND.device)
-        h_ND, y_N, weight_N, logps_N = (x[told_N] for x in (h_ND, y_N, weight_N, logps_N))
+        guided = [s.context is not None for s in micro for _ in s.y]
+        guided_N = torch.tensor(guided, dtype=torch.bool, device=h_ND.device)
+        h_ND, y_N, weight_N, logps_N = (x[guided_N] for x in (h_ND, y_N, weight_N, logps_N))
         scaled_N, behaviour_N = (1 - args.policy_weight) * weight_N, logps_N if args.is_cap else None
         distilled, stats = distill_loss(h_ND, head, targets, y_N, scaled_N, objective_of(args), behaviour_N)
         loss = loss + distilled
@@ -547,9 +547,9 @@ def main(args: Args) -> None:
     if args.question and (run.out / "solution.json").exists():
         return run.say(f"already solved, see {run.out}/solution.json")
     if args.dry_run:
-        told = hindsight([Mark("", 0.0, "", "<feedback>"), Mark("", 1.0, "<another attempt>", "")], 0, args)
+        group = [Mark("", 0.0, "", "<feedback>"), Mark("", 1.0, "<another attempt>", "")]
         run.say(f"student reads: {tokenizer.decode(train[0]['prompt_ids'])}")
-        ids = teacher_ids(train[0], *told, tokenizer, args) or []
+        ids = teacher_ids(train[0], *hindsight(group, 0, args), tokenizer, args) or []
         return run.say(
             f"teacher reads: {tokenizer.decode(ids) or 'nothing: --max-teacher-tokens is too small'}"
         )
@@ -596,9 +596,9 @@ def main(args: Args) -> None:
         samples, dropped = [], 0
         for place, row, y in zip(places, rows, attempts, strict=True):
             q, i = divmod(place, args.rollouts)
-            told = hindsight(groups[q], i, args)
-            context = teacher_ids(row, *told, tokenizer, args)
-            dropped += any(told) and context is None
+            solution, feedback = hindsight(groups[q], i, args)
+            context = teacher_ids(row, solution, feedback, tokenizer, args)
+            dropped += bool(solution or feedback) and context is None
             mask = [y.finished or not args.mask_truncated] * len(y.ids)
             rewards = [mark.reward for mark in groups[q]]
             advantage = 0.0  # exactly, where all rewards are equal: their mean may be rounded
@@ -623,8 +623,8 @@ def main(args: Args) -> None:
             # 4b. Distil: the teacher scores y_i with hindsight, the student without; only the student learns.
             for micro in micro_batches(run, taught):
                 with run.timer("teacher"):
-                    told = [s for s in micro if s.context] if distils else micro
-                    targets = teacher.targets([(s.context, s.y) for s in told]) if distils else []
+                    guided = [s for s in micro if s.context] if distils else micro
+                    targets = teacher.targets([(s.context, s.y) for s in guided]) if distils else []
                 with run.timer("student"):
                     h_ND = completion_states(student, [(s.prompt, s.y) for s in micro])
                     loss, stats, weight_N, drawn_N = sdpo_loss(
@@ -632,10 +632,10 @@ def main(args: Args) -> None:
                     )
                     loss.backward()
                 totals.add(loss, stats, weight_N, drawn_N if first == 0 else None)
-                if told and not shown:  # the statistics are of `told`
+                if guided and not shown:  # the statistics are of these
                     shown = True
-                    prompts = {"student reads": told[0].prompt, "teacher reads": told[0].context}
-                    explain(run, prompts, told[0].y, stats)
+                    prompts = {"student reads": guided[0].prompt, "teacher reads": guided[0].context}
+                    explain(run, prompts, guided[0].y, stats)
 
             # 4c. Step. Gradients are summed over ranks.
             with run.timer("optim"):
