@@ -564,7 +564,7 @@ def main(args: Args) -> None:
         run.log(0, evaluate(run, sampler, student, 0, eval_sampling))
 
     history = run.state.setdefault("history", [])  # multi_turn: the feedback on all attempts so far
-    silent = 0  # steps in a row without hindsight for any attempt
+    silent = 0  # steps in a row in which no attempt carried loss
     shown = done > 0  # whether one sample was printed
     for step in range(done + 1, steps + 1):
         asked = step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed)
@@ -596,7 +596,7 @@ def main(args: Args) -> None:
         samples, dropped = [], 0
         for place, row, y in zip(places, rows, attempts, strict=True):
             q, i = divmod(place, args.rollouts)
-            solution, feedback = hindsight(groups[q], i, args)
+            solution, feedback = hindsight(groups[q], i, args) if distils else ("", "")
             context = teacher_ids(row, solution, feedback, tokenizer, args)
             dropped += bool(solution or feedback) and context is None
             mask = [y.finished or not args.mask_truncated] * len(y.ids)
@@ -607,11 +607,12 @@ def main(args: Args) -> None:
             samples.append(Sample(place, row["prompt_ids"], context, y.ids, y.logps, mask, advantage))
 
         # 4. Learn, one optimiser step per mini-batch of questions.
-        lr, totals = learning_rate(step, args), Totals()
+        lr, totals, active = learning_rate(step, args), Totals(), 0  # attempts that carry loss
         for first in range(0, len(asked), size):
             batch = [s for s in samples if first <= s.place < first + size]
-            taught = [s for s in batch if (distils and s.context) or (args.policy_weight and s.advantage)]
+            taught = [s for s in batch if s.context or (args.policy_weight and s.advantage)]
             taught = [s for s in taught if any(s.mask)]
+            active += len(taught)
             if args.entropy_quantile:
                 taught = most_uncertain(run, student, taught, args.entropy_quantile)
 
@@ -647,7 +648,6 @@ def main(args: Args) -> None:
 
         # 6. Evaluate, report, save.
         metrics = {**totals.metrics(run), **rollout_metrics(run, attempts), **found, "train/lr": lr}
-        active = sum(s.context is not None and any(s.mask) for s in samples)
         n = run.sum(active=active, dropped=dropped)
         marks = [mark for group in groups for mark in group]
         metrics["rollout/reward"] = sum(mark.reward for mark in marks) / len(marks)
@@ -655,9 +655,9 @@ def main(args: Args) -> None:
         metrics["distill/active_frac"] = n["active"] / len(asked)
         metrics["teacher/dropped_prompts"] = n["dropped"]
         metrics["teacher/distance"] = teacher.distance()
-        silent = 0 if n["active"] or args.policy_weight else silent + 1
+        silent = 0 if n["active"] else silent + 1
         if silent == 10:
-            run.say("warning: ten steps without any hindsight; use easier questions, or more --rollouts")
+            run.say("warning: ten steps without anything to learn; use easier questions, or more --rollouts")
         evaluates = step % args.eval_every == 0 or step == steps
         if args.teacher_samples and distils and args.teacher != "trust_region" and (step == 1 or evaluates):
             metrics |= teacher_accuracy(run, sampler, samples, asked, step)

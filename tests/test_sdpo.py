@@ -174,8 +174,9 @@ def test_equal_rewards_take_no_step_however_their_mean_is_rounded(rewards, steps
     taken = []
     monkeypatch.setattr(sdpo, "optimizer_step", lambda run, lr: taken.append(lr) or 0.0)
     more = f"--verifier {tmp_path}/v.py:v --policy-weight 1 --rollouts 8 --prompts-per-step 1 --steps 1"
-    run_here("sdpo", tmp_path / "r", tiny, more)
-    assert len(taken) == steps
+    row = run_here("sdpo", tmp_path / "r", tiny, more)[1]
+    assert len(taken) == steps and (row["distill/active_frac"] > 0) == bool(steps)
+    assert row["teacher/dropped_prompts"] == 0
 
 
 def test_what_spells_a_special_token_is_shown_to_nobody():
@@ -705,7 +706,7 @@ def test_a_step_without_hindsight_costs_no_forward_and_changes_nothing(tiny, tmp
     rows = run_here("sdpo", tmp_path / "r", tiny, f"--verifier {tmp_path}/never.py:never --steps 11")
     for r in rows[1:]:
         assert r["distill/active_frac"] == r["train/loss"] == r["teacher/distance"] == 0
-    assert capsys.readouterr().out.count("ten steps without any hindsight") == 1
+    assert capsys.readouterr().out.count("ten steps without anything to learn") == 1
 
 
 def test_stale_rollouts_make_the_ratio_leave_one(tiny, tmp_path, judge):
