@@ -1473,6 +1473,9 @@ class Run:
         self.times.clear()
         if self.main:
             append_jsonl(self.out / "metrics.jsonl", [metrics])
+            if tokens and step == self.bar.initial + 1:
+                minutes = seconds * (self.bar.total - step) / 60
+                self.say(f"about {minutes:.1f} minutes to go, without evaluations")
             shown = [name for name in ("train/loss", "rollout/reward", "rollout/length") if name in metrics]
             self.bar.set_postfix_str(" ".join(f"{name.split('/')[1]} {metrics[name]:.3g}" for name in shown))
             self.bar.update(step - self.bar.n)

@@ -288,6 +288,7 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
         and "teacher reads\n<|user|>\nzig:" in done.stdout
         and "divergence" in done.stdout
     )
+    assert done.stdout.count(" minutes to go, without evaluations") == 1
     assert json.loads((out / "samples.jsonl").read_text().splitlines()[0]).keys() == {
         "step",
         "set",
