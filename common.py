@@ -770,7 +770,9 @@ def load_model(
         options = dict(use_reentrant=False, preserve_rng_state=False)
         for block in blocks_of(model):
             block.forward = functools.partial(checkpoint, block.forward, **options)
-    if not model.shares_prompts:
+    if getattr(run.args, "rollouts", 2) == 1:
+        model.shares_prompts = False  # nothing to share, and one pass over a text is faster than two
+    elif not model.shares_prompts:
         why = "recurrent layers and --activation-checkpointing cannot share it"
         run.say(f"{flag} {source}: each attempt reads its prompt again; {why}")
     return model

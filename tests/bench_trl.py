@@ -14,8 +14,8 @@ both     SDPO: 8 questions x 8 attempts, JSD 1/2 over all logits (topk: the stud
          attempts right. SDFT: 32 prompts, forward KL over all logits, EMA teacher. Distillation: 32 prompts, JSD 1/2, token mean, a
          teacher of the student's shape. AdamW, gradient norm 1, no importance ratio (TRL's is inactive where each batch is used once).
 model    random Qwen3. tiny: 4 layers x 128 and the laptop world's 89 tokens; small: 6 x 256 and 32768; smol: the shape of
-         SmolLM2-135M, 30 x 576 and 49152, in bf16 autocast on both sides. One direction of the hidden state
-         is constant and the EOS logit reads it alone. forced lengths: it is never drawn, so that both do the same work; natural: it is
+         SmolLM2-135M, 30 x 576 and 49152, in bf16 autocast on both sides; sdpo-smol and sdft-smol: that model itself, with the questions of
+         smol.py, natural lengths up to 14. Of the random ones one direction of the hidden state is constant and the EOS logit reads it alone. forced lengths: it is never drawn, so that both do the same work; natural: it is
          drawn with probability of about 2 / limit at every token: nearly geometric lengths, with the same distribution on both sides.
 seconds  of a step, the first one left out; both sides take turns, each in a fresh process; medians over the repeats. --clock cpu counts the
          process's CPU seconds in place of wall time: on one thread the same work, without what a busy machine takes away
@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {"tiny": Shape(4, 128, 384, 4, 2, 89), "small": Shape(6, 256, 768, 8, 4, 32768),
-          "smol": Shape(30, 576, 1536, 9, 3, 49152, "bfloat16")}
+          "smol": Shape(30, 576, 1536, 9, 3, 49152, "bfloat16"), "pretrained": Shape(30, 576, 1536, 9, 3, 49152, "bfloat16")}
 
 
 class Case(NamedTuple):
@@ -72,6 +72,7 @@ CASES = {"sdpo-tiny-256": Case("sdpo", "tiny", 256, "full", 2), "sdpo-small-64":
          "sdft-small-64": Case("sdft", "small", 64, "full", 3), "distill-small-64": Case("distill", "small", 64, "full", 3),
          "sdpo-small-64-topk": Case("sdpo", "small", 64, "student_topk", 2), "sdpo-small-256": Case("sdpo", "small", 256, "full", 1)}
 CASES |= {f"sdpo-smol-{prompt}-{limit}": Case("sdpo", "smol", limit, "full", 1, prompt) for prompt in (40, 300) for limit in (16, 128)}
+CASES |= {f"{script}-smol": Case(script, "pretrained", 14, "full", 1) for script in ("sdpo", "sdft")}
 PROMPTS = {"sdpo": (8, 8), "sdft": (32, 1), "distill": (32, 1)}                      # prompts per step, completions of each
 PHASES = ("generate", "teacher", "student", "other")
 K = 100
@@ -129,6 +130,14 @@ def make_rows(script: str, n: int, prompt: int = 0) -> list[dict]:
     low, high = (prompt - 5, prompt - 5) if prompt else (3, 22)
     rows = [{"prompt": [{"role": "user", "content": f"sort:{digits(low, high)}"}], "answer": "0"} for _ in range(n)]
     return [row | {"privileged_context": digits(8, 40)} for row in rows] if script == "sdft" else rows
+
+
+def take_pretrained(folder: Path, script: str, n: int) -> list[dict]:
+    """Copies the model of smol.py, and returns n of its questions; for sdft with their demonstrations."""
+    import common
+    shutil.copytree(common.find_source("smol:model"), folder / "model")
+    rows = common.read_jsonl(Path(common.find_source(f"smol:{'house' if script == 'sdft' else 'quick'}-train.jsonl")))[:n]
+    return [row | {"prompt": common.as_messages(row["prompt"])} for row in rows]
 
 
 def verdict(completion: str, row: dict) -> float:
@@ -421,9 +430,12 @@ def measure(name: str, lengths: str, args: argparse.Namespace) -> list[tuple[dic
     prompts, _ = PROMPTS[case.script]
     steps = args.steps or case.steps
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder) / "model", case.shape, case.limit, lengths)
-        make_model(Path(folder) / "teacher", case.shape, case.limit, lengths, seed=1)
-        rows = make_rows(case.script, prompts * (steps + 1), case.prompt)
+        if case.shape == "pretrained":
+            rows = take_pretrained(Path(folder), case.script, prompts * (steps + 1))
+        else:
+            make_model(Path(folder) / "model", case.shape, case.limit, lengths)
+            make_model(Path(folder) / "teacher", case.shape, case.limit, lengths, seed=1)
+            rows = make_rows(case.script, prompts * (steps + 1), case.prompt)
         (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for _ in range(args.repeats):
             ours, theirs = (fresh({"side": side, "case": name, "steps": steps, "batch": batch, "folder": folder, "clock": args.clock}, args.threads)
@@ -477,7 +489,7 @@ def main() -> None:
     if names:
         print(f"\n| | | s/step | {' | '.join(PHASES)} | tokens/s | MiB |\n|---|---|---|---|---|---|---|---|---|")
     for name in names:
-        for lengths in args.lengths:
+        for lengths in args.lengths if CASES[name].shape != "pretrained" else ["natural"]:
             print_rows(name, lengths, measure(name, lengths, args))
 
 
