@@ -21,6 +21,7 @@ seconds  of a step, the first one left out; both sides take turns, each in a fre
          process's CPU seconds in place of wall time: on one thread the same work, without what a busy machine takes away
          generate | teacher: its forward | student: forward, loss, backward | other. TRL's teacher includes its logits, which ours
          makes inside the loss: there they count as the student's.
+bound    seconds of the matrix products alone when every distinct prompt is read once (`least_seconds`)
 MiB      growth of the process beyond what it held when the first step began: optimizer state, activations, logits, caches
 """
 import argparse
@@ -447,11 +448,33 @@ def measure(name: str, lengths: str, args: argparse.Namespace) -> list[tuple[dic
     return pairs
 
 
+def least_seconds(case: Case) -> float:
+    """The matrix products of an SDPO step in which every distinct prompt is read once, at the rate of one product timed here.
+
+    Without the products of attention. A question has two teacher prompts: the first success learns from the second.
+    """
+    layers, width, mlp, heads, kv_heads, size, dtype = SHAPES[case.shape]
+    body, head = layers * width * (2 * width + 2 * width * kv_heads // heads + 3 * mlp), width * size
+    questions, copies = PROMPTS[case.script]
+    y = questions * copies * case.limit
+    student, teacher = questions * case.prompt + y, 2 * questions * (case.prompt + case.limit) + y
+    products = body * (student + 3 * student + teacher) + head * y * 5                # draw, forward and backward, teacher; draw and loss
+    a, b = (torch.randn(size, dtype=getattr(torch, dtype)) for size in ((1024, width), (width, mlp)))
+    seconds = []
+    for _ in range(50):
+        began = time.process_time()
+        a @ b
+        seconds.append(time.process_time() - began)
+    return products * statistics.median(seconds) / (1024 * width * mlp)
+
+
 def print_rows(name: str, lengths: str, pairs: list[tuple[dict, dict]]) -> None:
     sides = [{key: statistics.median(side[key] for side in runs) for key in runs[0]} for runs in zip(*pairs)]
     for label, side in zip(("ours", "TRL"), sides):
         print(f"| {name}, {lengths} | {label} | {side['seconds']:.2f} | " + " | ".join(f"{side[phase]:.2f}" for phase in PHASES)
               + f" | {side['tokens'] / side['seconds']:.0f} | {side['mib']:.0f} |")
+    if CASES[name].prompt:
+        print(f"| | bound | {least_seconds(CASES[name]):.2f} | | | | | | |")
     ratios = sorted(theirs["seconds"] / ours["seconds"] for ours, theirs in pairs)
     ours, theirs = sides
     rate = (ours["tokens"] / ours["seconds"]) / (theirs["tokens"] / theirs["seconds"])
