@@ -78,7 +78,7 @@ def memory_plan(
         "weights": FP32 * everything / world,
         "optimiser": 2 * FP32 * trained / world,
         "teacher": teacher_bytes / world,
-        "drawing: gathered weights": gathered * everything * (world > 1),
+        "drawing: gathered weights": gathered * (everything if world > 1 else trained * bf16),
         "drawing: keys and values": cache * rows * (args.max_prompt_tokens + args.max_completion_tokens),
         "learning: gradients": FP32 * trained / world,
         "learning: gathered weights": gathered * (working if world > 1 else everything * bf16),
