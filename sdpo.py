@@ -305,10 +305,9 @@ class Mark(NamedTuple):
 
     text: str
     reward: float  # r_i
+    solution: str  # what others are shown: the answer in the text if it is right
     feedback: str  # f_i
-    has_special_token: bool = (
-        False  # a special token, in the text or the feedback: the teacher would misread it
-    )
+    hidden: bool = False  # a special token is spelled in one of these two, which is then left empty
 
 
 class Sample(NamedTuple):
@@ -401,38 +400,32 @@ def grade_groups(run: Any, places: list, rows: list, attempts: list) -> list:
     with run.timer("verify"):
         verdicts = run.grade(rows, attempts)
         for place, row, y, (reward, feedback) in zip(places, rows, attempts, verdicts, strict=True):
+            text = run.text(y)
+            solution = answer_of(text) if reward >= run.args.success else ""
             if reward < run.args.success and not feedback:
                 feedback = row.get("feedback", "")
-            text = run.text(y)
-            marks.append(
-                (
-                    place,
-                    Mark(
-                        text, reward, feedback, run.has_special_token(text) or run.has_special_token(feedback)
-                    ),
-                )
-            )
+            spelled = [part for part in (solution, feedback) if run.has_special_token(part)]
+            shown = ["" if part in spelled else part for part in (solution, feedback)]
+            marks.append((place, Mark(text, reward, *shown, bool(spelled))))
         everyone = [mark for _, mark in sorted(run.gather(marks))]
     return [everyone[i : i + G] for i in range(0, len(everyone), G)]
 
 
 def hindsight(group: list, i: int, args: Args) -> tuple[str, str]:
     """(s_i, f_i): the first other success of attempt i's group, and the feedback on i; "" for none."""
-    shown = [mark for j, mark in enumerate(group) if j != i and not mark.has_special_token]
-    others = [answer_of(mark.text) for mark in shown if mark.reward >= args.success]
-    others = [answer for answer in others if answer]
+    others = [mark.solution for j, mark in enumerate(group) if j != i and mark.solution]
     solution = others[0] if others and args.hindsight != "feedback" else ""
-    feedback = group[i].feedback if args.hindsight != "solution" and not group[i].has_special_token else ""
-    if args.hindsight == "solution_or_feedback" and solution:
-        feedback = ""
-    return solution, feedback
+    if args.hindsight == "solution" or (args.hindsight == "solution_or_feedback" and solution):
+        return solution, ""
+    return solution, group[i].feedback
 
 
 def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: Args) -> list | None:
     """The reprompt of section 2 as token ids; None when there is nothing to tell or no way to fit it.
 
-    A solution that makes it too long is cut at its end; the rest of the prompt stays whole.
+    A solution that makes it too long is cut at its end, or left out; the rest of the prompt stays whole.
     """
+    copies = max(args.template.count("{solution}"), 1)
     while solution or feedback:
         s, f = solution, feedback
         if not is_turns(args.template):
@@ -443,10 +436,10 @@ def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: A
         over = len(ids) - args.max_teacher_tokens
         if over <= 0:
             return ids
-        kept = tokenizer(solution, add_special_tokens=False)["input_ids"][:-over]
-        if not kept:
+        if not solution:
             return None
-        solution = tokenizer.decode(kept)
+        kept = tokenizer(solution, add_special_tokens=False)["input_ids"][: -math.ceil(over / copies)]
+        solution = tokenizer.decode(kept).rstrip("\ufffd")  # half a character would become longer
     return None
 
 
@@ -471,9 +464,9 @@ def sdpo_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args
         loss = -args.policy_weight * (weight_N * gain_N).sum()
         stats = {"logp": logp_N.detach(), "entropy": entropy_N, "ratio": ratio_N.detach()}
     if args.policy_weight < 1:  # Eq. 1
-        told = [s.context is not None for s in micro for _ in s.y]
-        told_N = torch.tensor(told, dtype=torch.bool, device=h_ND.device)
-        h_ND, y_N, weight_N, logps_N = (x[told_N] for x in (h_ND, y_N, weight_N, logps_N))
+        guided = [s.context is not None for s in micro for _ in s.y]
+        guided_N = torch.tensor(guided, dtype=torch.bool, device=h_ND.device)
+        h_ND, y_N, weight_N, logps_N = (x[guided_N] for x in (h_ND, y_N, weight_N, logps_N))
         scaled_N, behaviour_N = (1 - args.policy_weight) * weight_N, logps_N if args.is_cap else None
         distilled, stats = distill_loss(h_ND, head, targets, y_N, scaled_N, objective_of(args), behaviour_N)
         loss = loss + distilled
@@ -554,9 +547,9 @@ def main(args: Args) -> None:
     if args.question and (run.out / "solution.json").exists():
         return run.say(f"already solved, see {run.out}/solution.json")
     if args.dry_run:
-        told = hindsight([Mark("", 0.0, "<feedback>"), Mark("<another attempt>", 1.0, "")], 0, args)
+        group = [Mark("", 0.0, "", "<feedback>"), Mark("", 1.0, "<another attempt>", "")]
         run.say(f"student reads: {tokenizer.decode(train[0]['prompt_ids'])}")
-        ids = teacher_ids(train[0], *told, tokenizer, args) or []
+        ids = teacher_ids(train[0], *hindsight(group, 0, args), tokenizer, args) or []
         return run.say(
             f"teacher reads: {tokenizer.decode(ids) or 'nothing: --max-teacher-tokens is too small'}"
         )
@@ -571,7 +564,7 @@ def main(args: Args) -> None:
         run.log(0, evaluate(run, sampler, student, 0, eval_sampling))
 
     history = run.state.setdefault("history", [])  # multi_turn: the feedback on all attempts so far
-    silent = 0  # steps in a row without hindsight for any attempt
+    silent = 0  # steps in a row in which no attempt carried loss
     shown = done > 0  # whether one sample was printed
     for step in range(done + 1, steps + 1):
         asked = step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed)
@@ -594,8 +587,7 @@ def main(args: Args) -> None:
             run.log(step, found)
             break
         if args.search != "sdpo":  # the baselines ask again, without training
-            told = [mark.feedback for mark in groups[0] if mark.feedback and not mark.has_special_token]
-            history += told if args.search == "multi_turn" else []
+            history += [mark.feedback for mark in groups[0] if mark.feedback and args.search == "multi_turn"]
             if run.end_step(step, found):
                 return
             continue
@@ -604,9 +596,9 @@ def main(args: Args) -> None:
         samples, dropped = [], 0
         for place, row, y in zip(places, rows, attempts, strict=True):
             q, i = divmod(place, args.rollouts)
-            told = hindsight(groups[q], i, args)
-            context = teacher_ids(row, *told, tokenizer, args)
-            dropped += any(told) and context is None
+            solution, feedback = hindsight(groups[q], i, args) if distils else ("", "")
+            context = teacher_ids(row, solution, feedback, tokenizer, args)
+            dropped += bool(solution or feedback) and context is None
             mask = [y.finished or not args.mask_truncated] * len(y.ids)
             rewards = [mark.reward for mark in groups[q]]
             advantage = 0.0  # exactly, where all rewards are equal: their mean may be rounded
@@ -615,11 +607,12 @@ def main(args: Args) -> None:
             samples.append(Sample(place, row["prompt_ids"], context, y.ids, y.logps, mask, advantage))
 
         # 4. Learn, one optimiser step per mini-batch of questions.
-        lr, totals = learning_rate(step, args), Totals()
+        lr, totals, active = learning_rate(step, args), Totals(), 0  # attempts that carry loss
         for first in range(0, len(asked), size):
             batch = [s for s in samples if first <= s.place < first + size]
-            taught = [s for s in batch if (distils and s.context) or (args.policy_weight and s.advantage)]
+            taught = [s for s in batch if s.context or (args.policy_weight and s.advantage)]
             taught = [s for s in taught if any(s.mask)]
+            active += len(taught)
             if args.entropy_quantile:
                 taught = most_uncertain(run, student, taught, args.entropy_quantile)
 
@@ -631,8 +624,8 @@ def main(args: Args) -> None:
             # 4b. Distil: the teacher scores y_i with hindsight, the student without; only the student learns.
             for micro in micro_batches(run, taught):
                 with run.timer("teacher"):
-                    told = [s for s in micro if s.context] if distils else micro
-                    targets = teacher.targets([(s.context, s.y) for s in told]) if distils else []
+                    guided = [s for s in micro if s.context] if distils else micro
+                    targets = teacher.targets([(s.context, s.y) for s in guided]) if distils else []
                 with run.timer("student"):
                     h_ND = completion_states(student, [(s.prompt, s.y) for s in micro])
                     loss, stats, weight_N, drawn_N = sdpo_loss(
@@ -640,10 +633,10 @@ def main(args: Args) -> None:
                     )
                     loss.backward()
                 totals.add(loss, stats, weight_N, drawn_N if first == 0 else None)
-                if told and not shown:  # the statistics are of `told`
+                if guided and not shown:  # the statistics are of these
                     shown = True
-                    prompts = {"student reads": told[0].prompt, "teacher reads": told[0].context}
-                    explain(run, prompts, told[0].y, stats)
+                    prompts = {"student reads": guided[0].prompt, "teacher reads": guided[0].context}
+                    explain(run, prompts, guided[0].y, stats)
 
             # 4c. Step. Gradients are summed over ranks.
             with run.timer("optim"):
@@ -655,17 +648,16 @@ def main(args: Args) -> None:
 
         # 6. Evaluate, report, save.
         metrics = {**totals.metrics(run), **rollout_metrics(run, attempts), **found, "train/lr": lr}
-        active = sum(s.context is not None and any(s.mask) for s in samples)
         n = run.sum(active=active, dropped=dropped)
         marks = [mark for group in groups for mark in group]
         metrics["rollout/reward"] = sum(mark.reward for mark in marks) / len(marks)
-        metrics["rollout/special_tokens"] = sum(mark.has_special_token for mark in marks)
+        metrics["rollout/special_tokens"] = sum(mark.hidden for mark in marks)
         metrics["distill/active_frac"] = n["active"] / len(asked)
         metrics["teacher/dropped_prompts"] = n["dropped"]
         metrics["teacher/distance"] = teacher.distance()
-        silent = 0 if n["active"] or args.policy_weight else silent + 1
+        silent = 0 if n["active"] else silent + 1
         if silent == 10:
-            run.say("warning: ten steps without any hindsight; use easier questions, or more --rollouts")
+            run.say("warning: ten steps without anything to learn; use easier questions, or more --rollouts")
         evaluates = step % args.eval_every == 0 or step == steps
         if args.teacher_samples and distils and args.teacher != "trust_region" and (step == 1 or evaluates):
             metrics |= teacher_accuracy(run, sampler, samples, asked, step)

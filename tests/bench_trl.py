@@ -14,13 +14,14 @@ both     SDPO: 8 questions x 8 attempts, JSD 1/2 over all logits (topk: the stud
          attempts right. SDFT: 32 prompts, forward KL over all logits, EMA teacher. Distillation: 32 prompts, JSD 1/2, token mean, a
          teacher of the student's shape. AdamW, gradient norm 1, no importance ratio (TRL's is inactive where each batch is used once).
 model    random Qwen3. tiny: 4 layers x 128 and the laptop world's 89 tokens; small: 6 x 256 and 32768; smol: the shape of
-         SmolLM2-135M, 30 x 576 and 49152, in bf16 autocast on both sides. One direction of the hidden state
-         is constant and the EOS logit reads it alone. forced lengths: it is never drawn, so that both do the same work; natural: it is
+         SmolLM2-135M, 30 x 576 and 49152, in bf16 autocast on both sides; sdpo-smol and sdft-smol: that model itself, with the questions of
+         smol.py, natural lengths up to 14. Of the random ones one direction of the hidden state is constant and the EOS logit reads it alone. forced lengths: it is never drawn, so that both do the same work; natural: it is
          drawn with probability of about 2 / limit at every token: nearly geometric lengths, with the same distribution on both sides.
 seconds  of a step, the first one left out; both sides take turns, each in a fresh process; medians over the repeats. --clock cpu counts the
          process's CPU seconds in place of wall time: on one thread the same work, without what a busy machine takes away
          generate | teacher: its forward | student: forward, loss, backward | other. TRL's teacher includes its logits, which ours
          makes inside the loss: there they count as the student's.
+bound    seconds of the matrix products alone when every distinct prompt is read once (`least_seconds`)
 MiB      growth of the process beyond what it held when the first step began: optimizer state, activations, logits, caches
 """
 import argparse
@@ -29,6 +30,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -55,7 +57,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {"tiny": Shape(4, 128, 384, 4, 2, 89), "small": Shape(6, 256, 768, 8, 4, 32768),
-          "smol": Shape(30, 576, 1536, 9, 3, 49152, "bfloat16")}
+          "smol": Shape(30, 576, 1536, 9, 3, 49152, "bfloat16"), "pretrained": Shape(30, 576, 1536, 9, 3, 49152, "bfloat16")}
 
 
 class Case(NamedTuple):
@@ -71,6 +73,7 @@ CASES = {"sdpo-tiny-256": Case("sdpo", "tiny", 256, "full", 2), "sdpo-small-64":
          "sdft-small-64": Case("sdft", "small", 64, "full", 3), "distill-small-64": Case("distill", "small", 64, "full", 3),
          "sdpo-small-64-topk": Case("sdpo", "small", 64, "student_topk", 2), "sdpo-small-256": Case("sdpo", "small", 256, "full", 1)}
 CASES |= {f"sdpo-smol-{prompt}-{limit}": Case("sdpo", "smol", limit, "full", 1, prompt) for prompt in (40, 300) for limit in (16, 128)}
+CASES |= {f"{script}-smol": Case(script, "pretrained", 14, "full", 1) for script in ("sdpo", "sdft")}
 PROMPTS = {"sdpo": (8, 8), "sdft": (32, 1), "distill": (32, 1)}                      # prompts per step, completions of each
 PHASES = ("generate", "teacher", "student", "other")
 K = 100
@@ -128,6 +131,14 @@ def make_rows(script: str, n: int, prompt: int = 0) -> list[dict]:
     low, high = (prompt - 5, prompt - 5) if prompt else (3, 22)
     rows = [{"prompt": [{"role": "user", "content": f"sort:{digits(low, high)}"}], "answer": "0"} for _ in range(n)]
     return [row | {"privileged_context": digits(8, 40)} for row in rows] if script == "sdft" else rows
+
+
+def take_pretrained(folder: Path, script: str, n: int) -> list[dict]:
+    """Copies the model of smol.py, and returns n of its questions; for sdft with their demonstrations."""
+    import common
+    shutil.copytree(common.find_source("smol:model"), folder / "model")
+    rows = common.read_jsonl(Path(common.find_source(f"smol:{'house' if script == 'sdft' else 'quick'}-train.jsonl")))[:n]
+    return [row | {"prompt": common.as_messages(row["prompt"])} for row in rows]
 
 
 def verdict(completion: str, row: dict) -> float:
@@ -192,6 +203,7 @@ def run_ours(case: Case, folder: Path, steps: int, tokens: int) -> dict:
         log(run, *args)
         marks.end()
     common.Run.log = log_and_mark
+    shutil.rmtree(folder / "out", ignore_errors=True)        # of the repeat before
     script.main(common.parse_args(script.Args, script.PRESETS, our_flags(case, folder, steps, tokens)))
     rows = common.read_jsonl(folder / "out" / "metrics.jsonl")[2:]
     return marks.answer({name: sum(row[f"time/{name}"] for row in rows) for name in PHASES[:3]}, [int(row["train/tokens"]) for row in rows])
@@ -419,9 +431,12 @@ def measure(name: str, lengths: str, args: argparse.Namespace) -> list[tuple[dic
     prompts, _ = PROMPTS[case.script]
     steps = args.steps or case.steps
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder) / "model", case.shape, case.limit, lengths)
-        make_model(Path(folder) / "teacher", case.shape, case.limit, lengths, seed=1)
-        rows = make_rows(case.script, prompts * (steps + 1), case.prompt)
+        if case.shape == "pretrained":
+            rows = take_pretrained(Path(folder), case.script, prompts * (steps + 1))
+        else:
+            make_model(Path(folder) / "model", case.shape, case.limit, lengths)
+            make_model(Path(folder) / "teacher", case.shape, case.limit, lengths, seed=1)
+            rows = make_rows(case.script, prompts * (steps + 1), case.prompt)
         (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for _ in range(args.repeats):
             ours, theirs = (fresh({"side": side, "case": name, "steps": steps, "batch": batch, "folder": folder, "clock": args.clock}, args.threads)
@@ -433,11 +448,33 @@ def measure(name: str, lengths: str, args: argparse.Namespace) -> list[tuple[dic
     return pairs
 
 
+def least_seconds(case: Case) -> float:
+    """The matrix products of an SDPO step in which every distinct prompt is read once, at the rate of one product timed here.
+
+    Without the products of attention. A question has two teacher prompts: the first success learns from the second.
+    """
+    layers, width, mlp, heads, kv_heads, size, dtype = SHAPES[case.shape]
+    body, head = layers * width * (2 * width + 2 * width * kv_heads // heads + 3 * mlp), width * size
+    questions, copies = PROMPTS[case.script]
+    y = questions * copies * case.limit
+    student, teacher = questions * case.prompt + y, 2 * questions * (case.prompt + case.limit) + y
+    products = body * (student + 3 * student + teacher) + head * y * 5                # draw, forward and backward, teacher; draw and loss
+    a, b = (torch.randn(size, dtype=getattr(torch, dtype)) for size in ((1024, width), (width, mlp)))
+    seconds = []
+    for _ in range(50):
+        began = time.process_time()
+        a @ b
+        seconds.append(time.process_time() - began)
+    return products * statistics.median(seconds) / (1024 * width * mlp)
+
+
 def print_rows(name: str, lengths: str, pairs: list[tuple[dict, dict]]) -> None:
     sides = [{key: statistics.median(side[key] for side in runs) for key in runs[0]} for runs in zip(*pairs)]
     for label, side in zip(("ours", "TRL"), sides):
         print(f"| {name}, {lengths} | {label} | {side['seconds']:.2f} | " + " | ".join(f"{side[phase]:.2f}" for phase in PHASES)
               + f" | {side['tokens'] / side['seconds']:.0f} | {side['mib']:.0f} |")
+    if CASES[name].prompt:
+        print(f"| | bound | {least_seconds(CASES[name]):.2f} | | | | | | |")
     ratios = sorted(theirs["seconds"] / ours["seconds"] for ours, theirs in pairs)
     ours, theirs = sides
     rate = (ours["tokens"] / ours["seconds"]) / (theirs["tokens"] / theirs["seconds"])
@@ -475,7 +512,7 @@ def main() -> None:
     if names:
         print(f"\n| | | s/step | {' | '.join(PHASES)} | tokens/s | MiB |\n|---|---|---|---|---|---|---|---|---|")
     for name in names:
-        for lengths in args.lengths:
+        for lengths in args.lengths if CASES[name].shape != "pretrained" else ["natural"]:
             print_rows(name, lengths, measure(name, lengths, args))
 
 

@@ -371,7 +371,7 @@ MISTAKES = """--lmbda 1.5 | --lmbda 1.5: expected
 --support sampled --divergence reverse_kl --lmbda 0 | needs the student's own tokens
 --outputs teacher | no step would learn from them
 --objective policy_gradient --temperature 0.5 | needs --temperature 1
---support sampled | add --divergence reverse_kl
+--support sampled | needs --divergence reverse_kl
 --support teacher_topk --topk 1000 | --topk 1000: the vocabulary has
 --divergence jsd --beta 1 | jsd vanishes there
 --divergence mixed --beta 2 | --beta 2: expected
@@ -383,7 +383,7 @@ MISTAKES = """--lmbda 1.5 | --lmbda 1.5: expected
 --teacher-url http://x/v1 --support student_topk --topk 5 | --support student_topk is not for --teacher-url
 --teacher-url http://x/v1 --objective sft --lmbda 0 | a server scores answers
 --teacher-url http://x/v1 --lmbda 0 --outputs teacher | a server scores answers
---teacher /nowhere | --teacher /nowhere: no tokenizer could be loaded
+--teacher /nowhere | --teacher /nowhere: no folder or hub id with a tokenizer
 --verifier nothing | --verifier nothing: expected"""
 
 
@@ -426,7 +426,7 @@ def test_sides_without_a_common_end_are_refused(tiny, tmp_path, monkeypatch):
     (other / "tokenizer_config.json").write_text(json.dumps(text | {"eos_token": pad}))
     assert common.stop_ids(str(other), "--teacher") == [0]
     monkeypatch.setattr(distill, "load_model", lambda *a: pytest.fail("a model was loaded first"))
-    with pytest.raises(InputError, match=r"other ends answers with \['<.pad.>'\], --model .* with \['<.end.>'\]"):
+    with pytest.raises(InputError, match=r"different tokens: \['<.pad.>'\] and \['<.end.>'\]"):
         run_here("distill", tmp_path / "s", tiny, f"--teacher {other} --dry-run")
 
 

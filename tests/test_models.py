@@ -27,7 +27,7 @@ from common import (
     check_model,
     completion_states,
     distill_loss,
-    embedding_rows,
+    vocabulary_of,
     full_weights,
     head_of,
     load_model,
@@ -233,7 +233,7 @@ def test_a_vision_language_folder_is_trained_on_text_and_saved_whole(family, cap
     vision |= dict(image_size=16, patch_size=8, num_key_value_heads=2, head_dim=8)
     config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
     getattr(transformers, f"{family}ForConditionalGeneration")(config).save_pretrained(folder)
-    before, rows = load_file(folder / "model.safetensors"), embedding_rows(str(folder))
+    before, rows = load_file(folder / "model.safetensors"), vocabulary_of(str(folder))
     model = load_model(str(folder), run, lora)
     completion_states(model, PAIRS).sum().backward()
     disturb = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -268,7 +268,7 @@ def test_folders_without_tokenizer_chat_template_or_model_are_refused(tmp_path, 
         load_tokenizer(str(folder))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(InputError, match="no tokenizer could be loaded"):
+    with pytest.raises(InputError, match="no folder or hub id with a tokenizer"):
         load_tokenizer(str(folder))
     with pytest.raises(InputError, match="no model could be loaded"):
         load_model(str(tmp_path / "nowhere"), run)

@@ -191,6 +191,14 @@ def test_completions_of_one_length_go_together_where_prompts_are_short(run):
     ]
 
 
+@pytest.mark.parametrize("rollouts, shares", [(1, False), (2, True)])
+def test_one_completion_a_prompt_has_nothing_to_share(rollouts, shares, run, tmp_path, capsys):
+    """Then a text is read in one pass."""
+    run.args.rollouts = rollouts
+    assert load_model(str(make_model(tmp_path / "m")), run).shares_prompts == shares
+    assert "reads its prompt again" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("shares", [True, False])
 def test_no_micro_batch_reads_more_than_it_may(shares, run):
     """On the side that reads more; a sample too large for any goes alone, and none is much too small."""

@@ -211,7 +211,7 @@ def test_draw_never_leaves_the_support_at_the_edges():
 @pytest.mark.parametrize(
     "version, flags, message",
     [
-        (None, "", "--engine vllm: vLLM is not installed; pip install 'vllm>=0.32,<0.33'"),
+        (None, "", "--engine vllm needs vLLM: pip install 'vllm>=0.32,<0.33'"),
         ((0, 31, 4), "", "--engine vllm: this is vLLM 0.31.4; pip install 'vllm>=0.32,<0.33'"),
         ((0, 33, 0), "", "--engine vllm: this is vLLM 0.33.0; pip install"),
         ((0, 32, 1), "--engine-tensor-parallel 2", "--engine-tensor-parallel 2 must divide the 1 processes"),

@@ -1,6 +1,7 @@
 """SDPO: who is shown whose success, which attempts carry loss, and how GRPO and the teacher enter it."""
 
 import base64
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,11 @@ import pytest
 import torch
 import toy
 from conftest import make_model, metrics_of, run_here
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 import common
 import sdpo
@@ -38,12 +44,7 @@ from sdpo import (
     to_row,
 )
 
-GROUP = [
-    Mark("a", 0.0, "fa"),
-    Mark("b", 1.0, ""),
-    Mark("c", 0.0, ""),
-    Mark("<think>x</think>\nd", 1.0, "fd"),
-]
+GROUP = [Mark("a", 0.0, "", "fa"), Mark("b", 1.0, "b", ""), Mark("c", 0.0, "", ""), Mark("d", 1.0, "d", "fd")]
 SYSTEM = {"role": "system", "content": "S"}
 END = "\n\nCorrectly solve the original question."
 FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
@@ -95,12 +96,14 @@ def test_turns_hold_the_bare_texts_and_an_empty_one_is_dropped(solution, feedbac
     sdpo.check(Args(template=TURNS), 1000)
 
 
-def test_a_long_solution_in_turns_loses_its_own_end():
-    told = chat("0123456789" * 5, "", max_teacher_tokens=30, template=TURNS)
+@pytest.mark.parametrize("template, length", [(TURNS, 30), (sdpo.TURNS, 29)])
+def test_a_long_solution_in_turns_loses_its_own_end(template, length):
+    """No more than has to go: where it stands twice, half as much of each copy."""
+    told = chat("0123456789" * 5, "", max_teacher_tokens=30, template=template)
     assert told.startswith("<|user|>mul:12<|end|><|assistant|>012")
     assert told.endswith("<|end|><|user|>mul:12<|end|><|assistant|>")
-    assert len(toy.make_tokenizer()(told)["input_ids"]) == 30
-    assert chat("", "", template=TURNS) is None
+    assert len(toy.make_tokenizer()(told)["input_ids"]) == length
+    assert chat("", "", template=template) is None
 
 
 def test_an_attempt_is_never_its_own_solution():
@@ -124,18 +127,44 @@ def test_what_hindsight_shows(how, want):
 
 
 def test_feedback_alone_stands_in_where_no_other_attempt_succeeded():
-    lone = [Mark("a", 0.0, "fa"), Mark("d", 1.0, "")]
+    lone = [Mark("a", 0.0, "", "fa"), Mark("d", 1.0, "d", "")]
     assert hindsight(lone, 0, Args()) == ("d", "")
     assert hindsight(lone, 1, Args()) == ("", "")
     assert hindsight([lone[0], lone[0]], 0, Args()) == ("", "fa")
     assert hindsight([lone[0], lone[0]], 0, Args(hindsight="solution")) == ("", "")
 
 
-def test_a_success_without_an_answer_is_passed_over():
-    """A success that is all thinking shows nothing; the next one is shown."""
-    group = [Mark("a", 0.0, "fa"), Mark("<think>only this", 1.0, ""), Mark("c", 1.0, "")]
-    assert hindsight(group, 0, Args()) == ("c", "")
-    assert hindsight(group[:2], 0, Args()) == ("", "fa")
+class Judged(SimpleNamespace):
+    """As much of a run as `grade_groups` needs; answers are texts."""
+
+    timer = contextlib.nullcontext
+
+    def grade(self, rows, texts):
+        return self.verdicts
+
+    def text(self, y):
+        return y
+
+    def gather(self, values):
+        return values
+
+    def has_special_token(self, text):
+        return "<|end|>" in text
+
+
+def marks_of(*verdicts, success=0.5):
+    """The group of these (text, reward, feedback)."""
+    texts = [text for text, *_ in verdicts]
+    run = Judged(args=Args(rollouts=len(verdicts), success=success), verdicts=[told for _, *told in verdicts])
+    [group] = sdpo.grade_groups(run, range(len(texts)), [{}] * len(texts), texts)
+    return group
+
+
+def test_what_an_attempt_shows():
+    """Trap 20: no thinking. A success that is all thinking shows nothing: the next one is shown."""
+    group = marks_of(("a", 0.0, "fa"), ("<think>only this", 1.0, ""), ("<think>x</think>\nc", 1.0, ""))
+    assert [mark.solution for mark in group] == ["", "", "c"]
+    assert hindsight(group, 0, Args()) == ("c", "") and hindsight(group[:2], 0, Args()) == ("", "fa")
 
 
 @pytest.mark.parametrize("rewards, steps", [("0.1", 0), ("0.1 if len(completion) % 2 else 0.2", 1)])
@@ -145,41 +174,44 @@ def test_equal_rewards_take_no_step_however_their_mean_is_rounded(rewards, steps
     taken = []
     monkeypatch.setattr(sdpo, "optimizer_step", lambda run, lr: taken.append(lr) or 0.0)
     more = f"--verifier {tmp_path}/v.py:v --policy-weight 1 --rollouts 8 --prompts-per-step 1 --steps 1"
-    run_here("sdpo", tmp_path / "r", tiny, more)
-    assert len(taken) == steps
+    row = run_here("sdpo", tmp_path / "r", tiny, more)[1]
+    assert len(taken) == steps and (row["distill/active_frac"] > 0) == bool(steps)
+    assert row["teacher/dropped_prompts"] == 0
 
 
-def test_an_attempt_that_spells_a_special_token_is_shown_to_nobody():
-    """Neither its text nor its feedback; it still has its reward, and others still teach it."""
-    spelt = Mark("b", 1.0, "fb", has_special_token=True)
-    group = [Mark("a", 0.0, "fa"), spelt, Mark("c", 1.0, "fc")]
-    assert [hindsight(group, i, Args(hindsight="both")) for i in range(3)] == [
-        ("c", "fa"),
-        ("c", ""),
-        ("", "fc"),
-    ]
-    assert hindsight([spelt, spelt], 0, Args()) == ("", "")
+def test_what_spells_a_special_token_is_shown_to_nobody():
+    """Neither an answer nor feedback; the other of the two is, and the attempt keeps its reward."""
+    group = marks_of(("a", 0.0, "fa<|end|>"), ("b<|end|>", 1.0, "fb"), ("c", 1.0, "fc"))
+    assert [mark.hidden for mark in group] == [True, True, False] and group[1].reward == 1.0
+    both = [hindsight(group, i, Args(hindsight="both")) for i in range(3)]
+    assert both == [("c", ""), ("c", "fb"), ("", "fc")]
 
 
 @pytest.mark.parametrize(
-    "text, feedback, spells",
-    [("4", "no", 0), ("4<|end|>", "no", 1), ("4", "wrong<|pad|>", 1), ("<|other|>", "< |end|>", 0)],
+    "text, feedback, spells, active",
+    [
+        ("4", "no", 0, 1),
+        ("4<|end|>", "no", 1, 1),
+        ("4", "wrong<|pad|>", 1, 1),
+        ("4<|end|>", "<|pad|>", 1, 0),
+        ("<|other|>", "< |end|>", 0, 1),
+    ],
 )
-def test_attempts_that_spell_a_special_token_are_counted(text, feedback, spells, tiny, tmp_path, monkeypatch):
+def test_attempts_that_spell_a_special_token_are_counted(text, feedback, spells, active, tiny, tmp_path, monkeypatch):
     """A model can write the characters of <|end|> as ordinary tokens; read again they would end the turn."""
     (tmp_path / "judge.py").write_text(f"def judge(completion, row):\n    return 1.0, {feedback!r}\n")
     monkeypatch.setattr("common.Run.text", lambda run, y: text)
     more = f"--verifier {tmp_path}/judge.py:judge --steps 1 --prompts-per-step 2"
     row = run_here("sdpo", tmp_path / "run", tiny, more)[1]
     assert row["rollout/special_tokens"] == 6 * spells
-    assert row["distill/active_frac"] == 1 - spells
+    assert row["distill/active_frac"] == active
 
 
 @pytest.mark.parametrize("reward, least, solved", [(0.5, 0.5, 1), (0.49, 0.5, 0), (0.6, 1.0, 0), (1.0, 1.0, 1)])
 def test_success_threshold(reward, least, solved):
     """Trap 45: at least .5 (authors' code), or --success 1 (paper)."""
-    group = [Mark("a", 0.0, ""), Mark("b", reward, "")]
-    assert (hindsight(group, 0, Args(success=least))[0] == "b") == solved
+    group = marks_of(("a", 0.0, ""), ("b", reward, ""), success=least)
+    assert (hindsight(group, 0, Args())[0] == "b") == solved
 
 
 @pytest.mark.parametrize("least, solved", [(0.6, 1), (0.7, 0)])
@@ -200,6 +232,24 @@ def test_a_long_solution_loses_its_own_end():
     assert short.endswith(f"{END}<|end|><|assistant|>")
     assert len(toy.make_tokenizer()(short)["input_ids"]) == 30
     assert chat("1" * 50, "", max_teacher_tokens=10) is None
+    alone = chat("", "4:no;")
+    fits = len(toy.make_tokenizer()(alone)["input_ids"])
+    assert chat("1" * 50, "4:no;", max_teacher_tokens=fits) == alone
+
+
+def test_a_solution_is_not_cut_within_a_character():
+    """A quarter of an emoji would decode to a sign of three tokens, longer than what was cut."""
+    letters = sorted(ByteLevel.alphabet())
+    words = {"<|end|>": 0} | {letter: i + 1 for i, letter in enumerate(letters)}
+    core = Tokenizer(BPE(vocab=words, merges=[]))
+    core.pre_tokenizer, core.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, eos_token="<|end|>")
+    whole = teacher_ids({"prompt": [{"role": "user", "content": "q"}]}, "😀😀", "", tokenizer, Args(chat_kwargs={}))
+    for limit in range(len(whole) - 7, len(whole)):
+        args = Args(chat_kwargs={}, max_teacher_tokens=limit)
+        ids = teacher_ids({"prompt": [{"role": "user", "content": "q"}]}, "😀😀", "", tokenizer, args)
+        assert (ids is None) == (limit < len(whole) - 4) and (ids is None or tokenizer.decode(ids).count("😀") == 1)
     assert chat("", "4:no;" * 20, max_teacher_tokens=30) is None
 
 
@@ -656,7 +706,7 @@ def test_a_step_without_hindsight_costs_no_forward_and_changes_nothing(tiny, tmp
     rows = run_here("sdpo", tmp_path / "r", tiny, f"--verifier {tmp_path}/never.py:never --steps 11")
     for r in rows[1:]:
         assert r["distill/active_frac"] == r["train/loss"] == r["teacher/distance"] == 0
-    assert capsys.readouterr().out.count("ten steps without any hindsight") == 1
+    assert capsys.readouterr().out.count("ten steps without anything to learn") == 1
 
 
 def test_stale_rollouts_make_the_ratio_leave_one(tiny, tmp_path, judge):
@@ -875,14 +925,14 @@ def test_multi_turn_reads_the_question_and_the_newest_feedback_that_fits():
         ("--mini-batch 3", "must divide --prompts-per-step"),
         ("--policy-weight 2", "--policy-weight 2: expected"),
         ("--support student_topk --topk 1000", "--topk 1000: the vocabulary has"),
-        ("--support sampled", "add --divergence reverse_kl"),
-        ("--advantage-clip 5", "add --divergence reverse_kl"),
+        ("--support sampled", "needs --divergence reverse_kl"),
+        ("--advantage-clip 5", "needs --divergence reverse_kl"),
         ("--question 1", "add --prompts-per-step 1"),
         ("--search best_of_k", "add --question"),
         ("--question 99 --prompts-per-step 1", "--question 99: the rows of .* are 1 to 24"),
         ("--template {prompt}", "placeholders {feedback}, {solution}"),
         ("--template {prompt}{solution}", "placeholders {feedback}$"),
-        (f"--template {TURNS.replace(' ', '')[:-1]}", "or a JSON list such as"),
+        (f"--template {TURNS.replace(' ', '')[:-1]}", "expected text or chat messages"),
     ],
 )
 def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):

@@ -300,7 +300,7 @@ def test_sampled_text_is_graded_not_the_phrase(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--support sampled", "add --divergence reverse_kl"),
+        ("--support sampled", "needs --divergence reverse_kl"),
         ("--temperature -1", "expected a number at least 0"),
         ("--support teacher_topk --topk 1000", "the vocabulary has"),
     ],

