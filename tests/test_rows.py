@@ -134,6 +134,14 @@ def test_two_splits_need_a_name(tmp_path):
         load_rows(f"{tmp_path}/both@validation", to_row)
 
 
+def test_the_parts_of_a_split_are_train_and_test(tmp_path):
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(InputError, match="rows.jsonl#val: use #train or #test"):
+        load_rows(f"{data}#val", same)
+    with pytest.raises(InputError, match="#train: use #train or #test, of at least two rows"):
+        load_rows(write(tmp_path / "one.jsonl", ROWS[:1]) + "#train", same)
+
+
 # ---- Errors
 
 
