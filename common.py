@@ -1833,7 +1833,7 @@ def load_evals(args: Any, convert: Any, tokenizer: Any) -> dict:
             if len(row["prompt_ids"]) > args.max_prompt_tokens:
                 length = f"{len(row['prompt_ids'])} tokens"
                 raise InputError(f"{row['where']}: {length}; raise --max-prompt-tokens")
-        name = re.split(r"[/:@]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
+        name = re.split("[/:]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
         evals[source if name in evals else name] = rows
     return evals
 

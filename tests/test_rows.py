@@ -115,8 +115,9 @@ def test_evaluation_sets_of_the_same_name_keep_apart(tmp_path):
     for name, part in (("a", ROWS[:2]), ("b", ROWS[2:])):
         split = datasets.Dataset.from_list(part)
         datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / name)
-    args = Args(eval_data=(f"{tmp_path}/a@test", f"{tmp_path}/b@test"))
-    assert [len(rows) for rows in load_evals(args, to_row, toy.make_tokenizer()).values()] == [2, 3]
+    args = Args(eval_data=(f"{tmp_path}/a@test", f"{tmp_path}/b@test", f"{tmp_path}/a@test#train"))
+    evals = load_evals(args, to_row, toy.make_tokenizer())
+    assert {name: len(rows) for name, rows in evals.items()} == {"a@test": 2, "b@test": 3, "a@test#train": 1}
 
 
 def test_two_splits_need_a_name(tmp_path):
