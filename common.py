@@ -1073,6 +1073,8 @@ def load_rows(source: str, convert: Any, flag: str = "--data") -> list:
     if part:
         import datasets
 
+        if part not in ("train", "test") or len(rows) < 2:
+            raise InputError(f"{flag} {source}#{part}: use #train or #test, of at least two rows")
         numbers = datasets.Dataset.from_dict({"i": range(len(rows))})
         rows = [rows[i] for i in numbers.train_test_split(test_size=0.1, seed=42)[part]["i"]]
     return rows
@@ -1361,7 +1363,7 @@ def launch(main: Any, args_type: type, presets: dict) -> None:
     except (InputError, RunError) as error:
         code = error.exit_code
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        tqdm.write(f"{rank}error: {error}", file=sys.stderr)  # on a line below the progress bar
     finally:
         if "vllm.distributed" in sys.modules:  # its groups end before the group they live in
             sys.modules["vllm.distributed"].cleanup_dist_env_and_memory()
@@ -1581,6 +1583,8 @@ def claim_folder(run: Run, rows: list) -> str:
         return f"--out {out}: cannot write there ({error.strerror})"
     if not run.args.resume:
         return f"--out {out} already holds a run; add --resume, delete it, or use another folder"
+    if not file.exists():
+        return f"--resume: {out} has no config.json; use another --out"
     before, now = json.loads(file.read_text()), json.loads(json.dumps(config))
     for key, value in now["args"].items():
         if key not in FREE_ON_RESUME and value != before["args"].get(key):
@@ -1829,7 +1833,7 @@ def load_evals(args: Any, convert: Any, tokenizer: Any) -> dict:
             if len(row["prompt_ids"]) > args.max_prompt_tokens:
                 length = f"{len(row['prompt_ids'])} tokens"
                 raise InputError(f"{row['where']}: {length}; raise --max-prompt-tokens")
-        name = re.split(r"[/:@]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
+        name = re.split("[/:]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
         evals[source if name in evals else name] = rows
     return evals
 

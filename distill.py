@@ -7,7 +7,7 @@ x prompt | y the student's own answer, or a fixed one | teacher: another, frozen
 Both sides read the same tokens. The student is corrected where it goes, not where an expert would be.
 
 Data   JSON lines with "prompt" (text or chat messages); "completion" for lambda < 1; evaluation rows have
-       "prompt" and "answer". GSM8K and DeepMath rows are mapped.
+       "prompt" and "answer". GSM8K, DeepMath and AIME rows are mapped.
 Run    python distill.py                                         # the laptop world: CPU, no download, minutes
        python distill.py --objective sft --lmbda 0 --out runs/sft-lock   # the baseline: hard targets
        python sdpo.py --preset smol --policy-weight 1 --out runs/smol-teacher   # a teacher of 135M, by GRPO
@@ -225,6 +225,7 @@ PRESETS: dict[str, dict] = {
         lr=1e-4,
         warmup=0,
         data="zwhe99/DeepMath-103K@train",
+        eval_data=("HuggingFaceH4/aime_2024@train",),
         verifier="math",
         prompts_per_step=512,
         rollouts=4,
@@ -252,6 +253,8 @@ def to_row(raw: dict) -> dict:
     if "final_answer" in raw:  # DeepMath
         row |= {"prompt": raw["question"] + MATH_SUFFIX, "answer": raw["final_answer"]}
         row["completion"] = raw["r1_solution_1"]
+    elif "problem" in raw and "prompt" not in raw:  # AIME
+        row["prompt"] = raw["problem"] + MATH_SUFFIX
     elif "question" in raw and "####" in str(raw.get("answer")):  # GSM8K, ending as the prompt asks
         worked, _, number = raw["answer"].rpartition("####")
         number = number.strip().replace(",", "")

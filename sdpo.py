@@ -269,8 +269,10 @@ PRESETS: dict[str, dict] = {
         lr=1e-6,
         mini_batch=8,
     ),
-    "tooluse": dict(verifier="tool_use", hindsight="solution"),  # its feedback would leak the gold answer
-    # Section 4, rich feedback. The authors' JSON lines: half of the private tests train, all evaluate.
+    # The authors' JSON lines, 4,046 to train and 68 to test; feedback would leak the gold answer.
+    "tooluse": dict(verifier="tool_use", hindsight="solution"),
+    # Section 4, rich feedback. --data and --eval-data are both LiveCodeBench v6, as downloaded or as the
+    # authors' JSON lines: half of the private tests train, all evaluate.
     "lcb": dict(
         verifier="code",
         divergence="reverse_kl",
@@ -281,7 +283,7 @@ PRESETS: dict[str, dict] = {
         mini_batch=1,
         eval_samples=4,
     ),
-    # Section 5: 16 attempts a step, at most 2750.
+    # Section 5: 16 attempts a step, at most 2750, on one hard question of LiveCodeBench v6.
     "ttt": dict(
         verifier="code",
         divergence="reverse_kl",

@@ -204,14 +204,17 @@ PRESETS: dict[str, dict] = {
         seed=0,
     ),
     # The 15K problems of phase 1 without those that it used; the authors' code takes DeepScaleR
-    # (--data agentica-org/DeepScaleR-Preview-Dataset).
+    # (--data agentica-org/DeepScaleR-Preview-Dataset). AIME 2024 chooses best/, as there; srt.py names the
+    # paper's other evaluation sets.
     "math": dict(
         model="runs/srt-math/last",
         data="open-r1/OpenR1-Math-220k:default@train",
+        eval_data=("HuggingFaceH4/aime_2024@train",),
         verifier="math",
         questions=9000,
         eval_max_tokens=32768,
     ),
+    # As in srt.py, evaluation needs --eval-data with rows of "prompt" and "tests".
     "code": dict(
         model="runs/srt-code/last",
         data="open-r1/codeforces-cots:solutions_py@train",

@@ -228,10 +228,12 @@ PRESETS: dict[str, dict] = {
         save_every=1000,
         seed=0,
     ),
-    # 15K competition problems: 10K here, the others in phase 2. The paper evaluates on AIME, HMMT and others:
-    # give --eval-data.
+    # 15K competition problems: 10K here, the others in phase 2. The paper also evaluates on
+    # MathArena/aime_2025@train, MathArena/hmmt_feb_2025@train, HuggingFaceH4/MATH-500@test, AMO-Bench and 500
+    # held-out problems: give --eval-data.
     "math": dict(
         data="open-r1/OpenR1-Math-220k:default@train",
+        eval_data=("HuggingFaceH4/aime_2024@train",),
         verifier="math",
         questions=10000,
         target=6000,
@@ -240,6 +242,7 @@ PRESETS: dict[str, dict] = {
     # The authors' code: two runs of three epochs each, on revisions of wrong attempts first.
     "math-sequential": dict(
         data="open-r1/OpenR1-Math-220k:default@train",
+        eval_data=("HuggingFaceH4/aime_2024@train",),
         verifier="math",
         target=6000,
         attempts=3,
@@ -251,6 +254,7 @@ PRESETS: dict[str, dict] = {
         eval_max_tokens=32768,
     ),
     # The paper has 7.5K C++ and 7.5K Python problems; the verifier runs Python, on the statement's examples.
+    # It evaluates on 500 held-out problems and LiveCodeBench: give --eval-data, rows of "prompt" and "tests".
     "code": dict(
         data="open-r1/codeforces-cots:solutions_py@train",
         verifier="code",

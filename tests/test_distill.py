@@ -46,6 +46,8 @@ def test_rows_of_the_papers_data_sets():
     assert row["completion"] == "48/2 = <<48/2=24>>24\nSo 1,224.\n\\boxed{1224}"
     row = to_row({"question": "Q", "final_answer": "x^2", "r1_solution_1": "thus", "difficulty": 5.0})
     assert (row["prompt"][0]["content"], row["answer"], row["completion"]) == ("Q" + suffix, "x^2", "thus")
+    row = to_row({"id": 60, "problem": "Q", "solution": "s", "answer": "204", "url": "u", "year": "2024"})  # AIME
+    assert (row["prompt"][0]["content"], row["answer"]) == ("Q" + suffix, "204") and "completion" not in row
     for answer in ("48/2 = 24\n#### 24", "x\n#### -1,000,000"):
         row = to_row({"question": "Q", "answer": answer})
         assert common.math_answer(row["completion"], row)[0] == 1

@@ -115,8 +115,9 @@ def test_evaluation_sets_of_the_same_name_keep_apart(tmp_path):
     for name, part in (("a", ROWS[:2]), ("b", ROWS[2:])):
         split = datasets.Dataset.from_list(part)
         datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / name)
-    args = Args(eval_data=(f"{tmp_path}/a@test", f"{tmp_path}/b@test"))
-    assert [len(rows) for rows in load_evals(args, to_row, toy.make_tokenizer()).values()] == [2, 3]
+    args = Args(eval_data=(f"{tmp_path}/a@test", f"{tmp_path}/b@test", f"{tmp_path}/a@test#train"))
+    evals = load_evals(args, to_row, toy.make_tokenizer())
+    assert {name: len(rows) for name, rows in evals.items()} == {"a@test": 2, "b@test": 3, "a@test#train": 1}
 
 
 def test_two_splits_need_a_name(tmp_path):
@@ -132,6 +133,14 @@ def test_two_splits_need_a_name(tmp_path):
     assert [row["answer"] for row in rows] == ["4"]
     with pytest.raises(InputError, match="has the splits train, test"):
         load_rows(f"{tmp_path}/both@validation", to_row)
+
+
+def test_the_parts_of_a_split_are_train_and_test(tmp_path):
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(InputError, match="rows.jsonl#val: use #train or #test"):
+        load_rows(f"{data}#val", same)
+    with pytest.raises(InputError, match="#train: use #train or #test, of at least two rows"):
+        load_rows(write(tmp_path / "one.jsonl", ROWS[:1]) + "#train", same)
 
 
 # ---- Errors

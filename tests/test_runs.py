@@ -220,6 +220,7 @@ def judge(completion, row):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "samples.jsonl could not be written (" in done.stderr
     assert "make room and rerun the same command with --resume" in done.stderr
+    assert any(line.startswith("error: ") for line in done.stderr.splitlines())  # not behind the bar
     rows = run_here("sdft", tmp_path / "r", tiny, f"{more} --resume")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
@@ -427,6 +428,9 @@ def test_a_folder_in_use_and_changed_flags_are_refused(tiny, tmp_path):
         run_here("sdft", tmp_path / "r", tiny, "--resume --ema-rate 0.5")
     rows = run_here("sdft", tmp_path / "r", tiny, "--resume --tokens-per-batch 99 --eval-every 1")
     assert len(rows) == 4  # flags of where and how fast may change
+    (tmp_path / "r" / "config.json").unlink()
+    with pytest.raises(common.InputError, match="has no config.json; use another --out"):
+        run_here("sdft", tmp_path / "r", tiny, "--resume")
 
 
 def test_changed_data_are_refused(tiny, tmp_path):

@@ -544,6 +544,9 @@ def test_rows_of_the_papers_data_sets():
         code["prompt"][1]["content"] == "Print n."
         and common.code("```python\nprint(input())\n```", code)[0] == 1.0
     )
+    tests = json.dumps({"inputs": ["1"], "outputs": ["1"], "testtype": "stdin", "fn_name": None, "time_limit": 6})
+    code = srt.competition_row({"kind": "code", "prompt": "Print n.", "tests": tests})  # LiveCodeBench, SDPO's file
+    assert common.code("```python\nprint(input())\n```", code)[0] == 1.0
 
 
 def test_presets_are_the_papers():
