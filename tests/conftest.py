@@ -1,5 +1,6 @@
 """A tiny random model of each family, saved as a user's folder would be: enough for all but learning."""
 
+import contextlib
 import json
 import os
 import signal
@@ -171,6 +172,35 @@ def run_here(script: str, out: Path, tiny: SimpleNamespace, flags: str = "") -> 
     module = importlib.import_module(script)
     module.main(parse_args(module.Args, module.PRESETS, flags_of(script, out, tiny, flags).split()))
     return metrics_of(out)
+
+
+@contextlib.contextmanager
+def killed_after(step: int):
+    """A run inside dies when it has logged this step, before it saves it."""
+    from common import Run
+
+    log = Run.log
+
+    def die(run, number, metrics):
+        log(run, number, metrics)
+        if number == step:
+            raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Run, "log", die)
+        yield
+
+
+def same(a: list[dict], b: list[dict], rel: float = 0) -> None:
+    """Every metric of every step, but for times, memory and, given `rel`, the gap, which is rounding."""
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    for x, y in zip(a, b, strict=True):
+        keys = {k for k in x | y if not k.startswith(("time/", "memory/"))}
+        if rel:
+            keys = {k for k in keys if not k.startswith("rollout/logp_gap")}
+            assert max(x.get("rollout/logp_gap_max", 0), y.get("rollout/logp_gap_max", 0)) < 1e-4
+        expected = {k: pytest.approx(y[k], rel=rel, abs=1e-9 if rel else 0) for k in keys}
+        assert {k: x[k] for k in keys} == expected
 
 
 def flags_of(script: str, out: Path, tiny: SimpleNamespace, more: str = "") -> str:

@@ -12,63 +12,58 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import JUDGE, ROOT, checkpoint, flags_of, launch, make_model, metrics_of, part, run_here
+from conftest import (
+    JUDGE,
+    ROOT,
+    checkpoint,
+    flags_of,
+    killed_after,
+    launch,
+    make_model,
+    metrics_of,
+    part,
+    run_here,
+    same,
+)
+from safetensors.torch import load_file
 
 import common
 
 SCRIPTS = ["sdft", "sdpo", "srt", "sdzero", "distill"]
-VOLATILE = ("time/", "memory/")
 
 
-def flags(tiny, out, more=""):
-    return flags_of("sdft", out, tiny, more)
+@pytest.fixture
+def judge(tmp_path):
+    """The flag of a verifier with the given text, whose function is judge."""
 
+    def write(text):
+        (tmp_path / "judge.py").write_text(text)
+        return f"--verifier {tmp_path}/judge.py:judge"
 
-def same(a: list[dict], b: list[dict], rel: float) -> None:
-    """Every metric of every step, but for times, memory and the gap that is a rounding error."""
-    assert [r["step"] for r in a] == [r["step"] for r in b]
-    for x, y in zip(a, b, strict=True):
-        keys = {k for k in x | y if not k.startswith(VOLATILE)}
-        if rel:
-            keys = {k for k in keys if not k.startswith("rollout/logp_gap")}
-            assert max(x.get("rollout/logp_gap_max", 0), y.get("rollout/logp_gap_max", 0)) < 1e-4
-        assert {k: x[k] for k in keys} == {k: pytest.approx(y[k], rel=rel, abs=1e-9) for k in keys}
+    return write
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_micro_batches_do_not_change_the_numbers(script, tiny, tmp_path):
-    """Loss, gradient norm, rollouts and evaluation. tests/test_sharding.py: nor do processes."""
-    more = ""
-    if script == "sdpo":
-        (tmp_path / "judge.py").write_text(JUDGE)
-        more = f"--mini-batch 4 --verifier {tmp_path}/judge.py:judge"
+def test_micro_batches_do_not_change_the_numbers(script, tiny, tmp_path, judge, monkeypatch):
+    """Metrics, and the gradients tensor by tensor. tests/test_sharding.py: nor do processes."""
+    grads, step = {}, common.optimizer_step
+
+    def watched(run, lr):
+        params = run.optimizer.param_groups[0]["params"]
+        grads.setdefault(run.out.name, torch.cat([p.grad.flatten() for p in params]))
+        return step(run, lr)
+
+    monkeypatch.setattr(f"{script}.optimizer_step", watched)
+    more = f"--mini-batch 4 {judge(JUDGE)}" if script == "sdpo" else ""
     if script == "distill":
         more = "--mini-batch 4 --lmbda 0.5 --outputs teacher --rollouts 2"
     one = run_here(script, tmp_path / "1", tiny, more)
     assert one[1]["rollout/length"] > 3 and one[1]["train/grad_norm"] > 0
-    same(
-        run_here(script, tmp_path / "small", tiny, more + " --tokens-per-batch 8 --sample-batch 3"),
-        one,
-        rel=2e-6,
-    )
-    if script == "sdft":
-        same(run_here(script, tmp_path / "again", tiny, more + " --activation-checkpointing"), one, rel=2e-6)
-
-
-def test_gradients_do_not_depend_on_the_split(tiny, tmp_path, monkeypatch):
-    """To 1e-6 of their norm, tensor by tensor, not only in their norm."""
-    grads, step = {}, common.optimizer_step
-
-    def watched(run, lr):
-        grads.setdefault(run.out.name, [p.grad.clone() for p in run.optimizer.param_groups[0]["params"]])
-        return step(run, lr)
-
-    monkeypatch.setattr("sdft.optimizer_step", watched)
-    run_here("sdft", tmp_path / "whole", tiny, "--steps 1")
-    run_here("sdft", tmp_path / "split", tiny, "--steps 1 --tokens-per-batch 8")
-    norm = sum(g.square().sum() for g in grads["whole"]).sqrt()
-    gap = sum((a - b).square().sum() for a, b in zip(grads["whole"], grads["split"], strict=True)).sqrt()
-    assert 0 < norm and gap / norm < 1e-6
+    splits = {"split": "--tokens-per-batch 8 --sample-batch 3"}
+    splits |= {"again": "--activation-checkpointing"} if script == "sdft" else {}
+    for name, split in splits.items():
+        same(run_here(script, tmp_path / name, tiny, f"{more} {split}"), one, rel=2e-6)
+        assert (grads[name] - grads["1"]).norm() < 1e-6 * grads["1"].norm()
 
 
 # ---- Killed and resumed
@@ -84,65 +79,47 @@ def equal(a, b):
     return a == b
 
 
-def killed_after(step, monkeypatch):
-    """A patch under which a run dies when it has logged this step."""
-    log = common.Run.log
-
-    def die(self, number, metrics):
-        log(self, number, metrics)
-        if number == step:
-            raise MemoryError
-
-    monkeypatch.setattr(common.Run, "log", die)
-
-
 @pytest.mark.parametrize("more", ["", "--lora-rank 2"], ids=["full", "lora"])
 def test_resume_continues_bit_for_bit(more, tiny, tmp_path, monkeypatch):
-    """Trap 32: student, teacher, optimiser and every metric, after a kill between two checkpoints."""
-    more += " --steps 6 --save-every 2 --eval-every 2 --eval-temperature 1"
+    """Trap 32: student, teacher, optimiser, metrics and samples, after a kill between two checkpoints.
+
+    It tore the last line of a file; and what ends a line for str.splitlines may stand in a completion.
+    """
+    text = common.Run.text
+    monkeypatch.setattr(common.Run, "text", lambda run, y: f"{text(run, y)}\u2028\u2029\u0085")
+    more += " --steps 6 --save-every 2 --eval-every 1 --eval-temperature 1"
     whole = run_here("sdft", tmp_path / "whole", tiny, more)
-    with monkeypatch.context() as patch:
-        killed_after(5, patch)
-        with pytest.raises(MemoryError):
-            run_here("sdft", tmp_path / "cut", tiny, more)
-    resumed = run_here("sdft", tmp_path / "cut", tiny, more + " --resume")
-    same(resumed, whole, rel=0)
+    with killed_after(5):
+        run_here("sdft", tmp_path / "cut", tiny, more)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(tmp_path / "cut" / name, "a") as file:
+            file.write('{"step": 5, "train/lo')
+    same(run_here("sdft", tmp_path / "cut", tiny, more + " --resume"), whole)
     a, b = ({**checkpoint(tmp_path / name, 6), "seconds": 0} for name in ("whole", "cut"))
     assert equal(a, b) and part(a, "teacher") and not equal(part(a, "teacher"), part(a, "student"))
-    assert part(a, "optimizer") and not equal(
-        part(a, "student"), part(checkpoint(tmp_path / "cut", 4), "student")
-    )
+    assert part(a, "optimizer") and not equal(part(a, "student"), part(checkpoint(tmp_path / "cut", 4), "student"))
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
-    assert samples[0] == samples[1]
+    assert samples[0] == samples[1] and samples[0].count("\u2028") == samples[0].count("\n") == 7 * 4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_hybrid_model_draws_trains_and_resumes(script, tiny, tmp_path, monkeypatch):
+def test_a_hybrid_model_draws_trains_and_resumes(script, tiny, tmp_path, judge):
     """Qwen3.5: recurrent layers beside attention. tests/test_sharding.py has it on several processes."""
-    (tmp_path / "judge.py").write_text(JUDGE)
-    make_model(tmp_path / "m", "qwen3_5")
-    hybrid = SimpleNamespace(**{**vars(tiny), "model": tmp_path / "m"})
-    more = "--lora-rank 2" if script in ("sdpo", "srt") else ""
-    more += "" if script == "distill" else f" --verifier {tmp_path}/judge.py:judge"
-    whole = run_here(script, tmp_path / "whole", hybrid, f"{more} --save-every 1 --tokens-per-batch 100")
+    hybrid = SimpleNamespace(**{**vars(tiny), "model": make_model(tmp_path / "m", "qwen3_5")})
+    more = "--save-every 1 --tokens-per-batch 100" + " --lora-rank 2" * (script in ("sdpo", "srt"))
+    more += "" if script == "distill" else f" {judge(JUDGE)}"
+    whole = run_here(script, tmp_path / "whole", hybrid, more)
     assert all(row["train/grad_norm"] > 0 for row in whole[1:])
     assert script == "srt" or all(row["rollout/logp_gap_max"] < 1e-3 for row in whole[1:])
-    with monkeypatch.context() as patch:
-        killed_after(2, patch)
-        with pytest.raises(MemoryError):
-            run_here(script, tmp_path / "cut", hybrid, f"{more} --save-every 1 --tokens-per-batch 100")
-    resumed = run_here(
-        script, tmp_path / "cut", hybrid, f"{more} --save-every 1 --tokens-per-batch 100 --resume"
-    )
-    same(resumed, whole, rel=0)
+    with killed_after(2):
+        run_here(script, tmp_path / "cut", hybrid, more)
+    same(run_here(script, tmp_path / "cut", hybrid, f"{more} --resume"), whole)
 
 
-def test_resuming_a_run_without_a_checkpoint_begins_again(tiny, tmp_path, monkeypatch):
+def test_resuming_a_run_without_a_checkpoint_begins_again(tiny, tmp_path):
     """And does not log its first steps twice."""
-    with monkeypatch.context() as patch:
-        killed_after(2, patch)
-        with pytest.raises(MemoryError):
-            run_here("sdft", tmp_path / "r", tiny)
+    with killed_after(2):
+        run_here("sdft", tmp_path / "r", tiny)
     with pytest.raises(common.InputError, match="already holds a run"):  # its log is not deleted unasked
         run_here("sdft", tmp_path / "r", tiny)
     assert [r["step"] for r in run_here("sdft", tmp_path / "r", tiny, "--resume")] == [0, 1, 2, 3]
@@ -172,39 +149,9 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tiny, tmp_path, mon
     assert [r["step"] for r in rows] == list(range(7))
 
 
-def test_what_a_kill_left_half_written_is_dropped(tiny, tmp_path, monkeypatch):
-    """A torn last line of metrics.jsonl and samples.jsonl, as a kill or a full disk leaves it."""
-    whole = run_here("sdft", tmp_path / "whole", tiny, "--save-every 1")
-    with monkeypatch.context() as patch:
-        killed_after(3, patch)
-        with pytest.raises(MemoryError):
-            run_here("sdft", tmp_path / "cut", tiny, "--save-every 1")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        with open(tmp_path / "cut" / name, "a") as file:
-            file.write('{"step": 3, "train/lo')
-    same(run_here("sdft", tmp_path / "cut", tiny, "--save-every 1 --resume"), whole, rel=0)
-    assert common.read_jsonl(tmp_path / "cut" / "samples.jsonl") == common.read_jsonl(
-        tmp_path / "whole" / "samples.jsonl"
-    )
-
-
-def test_any_character_may_stand_in_a_completion(tiny, tmp_path, monkeypatch):
-    """U+2028, U+2029 and U+0085 end a line for str.splitlines, but not in our files."""
-    text = "one\u2028two\u2029three\u0085four"
-    monkeypatch.setattr(common.Run, "text", lambda run, y: text)
-    with monkeypatch.context() as patch:
-        killed_after(3, patch)
-        with pytest.raises(MemoryError):
-            run_here("sdft", tmp_path / "r", tiny, "--save-every 1 --eval-every 1")
-    rows = run_here("sdft", tmp_path / "r", tiny, "--save-every 1 --eval-every 1 --resume")
-    samples = common.read_jsonl(tmp_path / "r" / "samples.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3] and len(samples) == 16
-    assert {sample["completion"] for sample in samples} == {text}
-
-
-def test_a_full_disk_ends_the_run_in_one_sentence(tiny, tmp_path):
+def test_a_full_disk_ends_the_run_in_one_sentence(tiny, tmp_path, judge):
     """No file may grow from the evaluation of step 2 on; with room again the run continues from step 1."""
-    judge = f"""import os, resource
+    more = "--eval-every 1 --save-every 1 " + judge(f"""import os, resource
 calls, mark = 0, {str(tmp_path / "full")!r}
 def judge(completion, row):
     global calls
@@ -213,10 +160,8 @@ def judge(completion, row):
         open(mark, "w").close()
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
     return 0.0
-"""
-    (tmp_path / "judge.py").write_text(judge)
-    more = f"--verifier {tmp_path}/judge.py:judge --eval-every 1 --save-every 1"
-    done = launch(f"sdft.py {flags(tiny, tmp_path / 'r', more)}")
+""")
+    done = launch(f"sdft.py {flags_of('sdft', tmp_path / 'r', tiny, more)}")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "samples.jsonl could not be written (" in done.stderr
     assert "make room and rerun the same command with --resume" in done.stderr
@@ -227,15 +172,10 @@ def judge(completion, row):
 
 def test_sigterm_saves_and_exits_0(tiny, tmp_path):
     out = tmp_path / "r"
-    command = [sys.executable, "sdft.py", *flags(tiny, out, "--steps 2000 --save-every 1000").split()]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    flags = flags_of("sdft", out, tiny, "--steps 2000 --save-every 1000").split()
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "sdft.py", *flags], cwd=ROOT, env=env, **streams)
     deadline = time.time() + 120
     while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < 4:
         assert time.time() < deadline and process.poll() is None
@@ -244,11 +184,9 @@ def test_sigterm_saves_and_exits_0(tiny, tmp_path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     [folder] = (out / "checkpoints").glob("step-*")
-    assert checkpoint(out, metrics_of(out)[-1]["step"])["step"] == int(folder.name[5:])
-    assert (
-        f"Stopped after step {int(folder.name[5:])}. To continue, rerun the same command with --resume."
-        in said
-    )
+    step = metrics_of(out)[-1]["step"]
+    assert checkpoint(out, step)["step"] == step == int(folder.name[5:])
+    assert f"Stopped after step {step}. To continue, rerun the same command with --resume." in said
 
 
 # ---- What a run leaves behind
@@ -258,46 +196,20 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "r"
-    done = launch(f"sdft.py {flags(tiny, out)}")
+    done = launch(f"sdft.py {flags_of('sdft', out, tiny)}")
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in out.iterdir()} >= {
-        "config.json",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "curves.png",
-        "run_card.md",
-        "checkpoints",
-        "last",
-    }
+    files = "config.json metrics.jsonl samples.jsonl curves.png run_card.md checkpoints last"
+    assert {p.name for p in out.iterdir()} >= {*files.split()}
     config = json.loads((out / "config.json").read_text())
-    assert (
-        config["args"]["ema_rate"] == 0.01
-        and config["args"]["divergence"] == "forward_kl"
-        and config["world"] == 1
-    )
+    assert (config["args"]["ema_rate"], config["args"]["divergence"], config["world"]) == (0.01, "forward_kl", 1)
     assert len(config["data"]) == 64 and config["command"].endswith(f"--out {out} --skip-tokens 1")
     last = done.stdout.strip().splitlines()[-1]
-    assert (
-        last.startswith("r: ")
-        and " → best " in last
-        and " last " in last
-        and str(out) in last
-        and "±" in last
-    )
-    assert (
-        "student reads\n<|user|>zig:" in done.stdout
-        and "teacher reads\n<|user|>\nzig:" in done.stdout
-        and "divergence" in done.stdout
-    )
+    assert last.startswith("r: ") and all(part in last for part in (" → best ", " last ", "±", str(out)))
+    for said in ("student reads\n<|user|>zig:", "teacher reads\n<|user|>\nzig:", "divergence"):
+        assert said in done.stdout
     assert done.stdout.count(" minutes to go, without evaluations") == 1
-    assert json.loads((out / "samples.jsonl").read_text().splitlines()[0]).keys() == {
-        "step",
-        "set",
-        "where",
-        "prompt",
-        "completion",
-        "reward",
-    }
+    [sample, *_] = common.read_jsonl(out / "samples.jsonl")
+    assert sample.keys() == {"step", "set", "where", "prompt", "completion", "reward"}
     saved = AutoModelForCausalLM.from_pretrained(out / "last").state_dict()
     assert equal(dict(saved), part(checkpoint(out, 3), "student"))
 
@@ -318,36 +230,27 @@ def test_the_model_card_has_the_metadata_of_the_hub(tiny, tmp_path, monkeypatch)
     assert data.eval_results[0].dataset_type == "org/data" and data.eval_results[0].metric_value == 0.5
 
 
-def test_best_holds_the_weights_of_the_best_evaluation(tiny, tmp_path, monkeypatch):
+def test_best_holds_the_weights_of_the_best_evaluation(tiny, tmp_path, judge):
     """A verifier that likes one step only; later and worse weights do not replace it."""
-    (tmp_path / "judge.py").write_text(
+    likes_step_1 = judge(
         "import collections\ncalls = collections.Counter()\ndef judge(completion, row):\n"
         "    calls[row['id']] += 1\n    return float(calls[row['id']] == 2)\n"
     )
-    out = tmp_path / "r"
-    run_here("sdft", out, tiny, f"--verifier {tmp_path}/judge.py:judge --eval-every 1 --save-every 1")
-    from transformers import AutoModelForCausalLM
-
-    best = AutoModelForCausalLM.from_pretrained(out / "best").state_dict()
-    last = AutoModelForCausalLM.from_pretrained(out / "last").state_dict()
-    assert metrics_of(out)[1]["eval/avg@1"] == 1.0 and metrics_of(out)[2]["eval/avg@1"] == 0.0
-    assert not all(torch.equal(best[k], last[k]) for k in best)
-    assert "best 1.000 ± 0.000 (step 1), last 0.000" in (out / "run_card.md").read_text()
+    rows = run_here("sdft", tmp_path / "r", tiny, f"{likes_step_1} --eval-every 1 --save-every 1 --steps 2")
+    best = load_file(tmp_path / "r" / "best" / "model.safetensors")
+    assert [row["eval/avg@1"] for row in rows] == [0, 1, 0]
+    assert equal(best, part(checkpoint(tmp_path / "r", 1), "student"))
+    assert "best 1.000 ± 0.000 (step 1), last 0.000" in (tmp_path / "r" / "run_card.md").read_text()
 
 
-def test_evaluation_statistics_by_hand(tiny, tmp_path):
+def test_evaluation_statistics_by_hand(tiny, tmp_path, judge):
     """avg@n, pass@n and the standard error over prompts of rewards known beforehand."""
-    (tmp_path / "judge.py").write_text(
+    known = judge(
         "R = [[], [1, 0], [0, 0], [1, 1], [0, 1], [0, 0], [1, 1], [1, 1], [0, 0]]\n"
         "def judge(completion, row):\n    R[row['id']].append(R[row['id']].pop(0))\n"
         "    return R[row['id']][-1]\n"
     )
-    row = run_here(
-        "sdft",
-        tmp_path / "r",
-        tiny,
-        f"--verifier {tmp_path}/judge.py:judge --eval-samples 2 --eval-temperature 1 --steps 1",
-    )[0]
+    row = run_here("sdft", tmp_path / "r", tiny, f"{known} --eval-samples 2 --eval-temperature 1 --steps 1")[0]
     means = torch.tensor([0.5, 0, 1, 0.5, 0, 1, 1, 0])
     assert row["eval/avg@2"] == 0.5 and row["eval/pass@2"] == 5 / 8
     assert row["eval/se"] == pytest.approx((means.std() / 8**0.5).item(), rel=1e-6)
@@ -357,12 +260,12 @@ def test_evaluation_statistics_by_hand(tiny, tmp_path):
 
 
 def start(script, argv, monkeypatch, capsys):
-    """The exit code of a script started in this process, and all that it printed."""
+    """The exit code of a script started in this process, and what it printed to stdout and stderr."""
     module = importlib.import_module(script)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv.split()])
     with pytest.raises(SystemExit) as ended:
         common.launch(module.main, module.Args, module.PRESETS)
-    return ended.value.code, "".join(capsys.readouterr())
+    return ended.value.code, *capsys.readouterr()
 
 
 MISTAKES = {
@@ -381,22 +284,14 @@ MISTAKES = {
 def test_mistakes_are_answered_in_one_sentence(mistake, tiny, tmp_path, monkeypatch, capsys):
     (tmp_path / "columns.jsonl").write_text('{"prompt": "zig:1", "answer": "1"}\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "1" * 300, "answer": "1"}) + "\n")
-    argv = flags(tiny, tmp_path / "r", mistake.format(tmp=tmp_path))
-    code, text = start("sdft", argv, monkeypatch, capsys)
+    argv = flags_of("sdft", tmp_path / "r", tiny, mistake.format(tmp=tmp_path))
+    code, _, text = start("sdft", argv, monkeypatch, capsys)
     assert code == 2 and MISTAKES[mistake] in text and "Traceback" not in text, text
     assert not (tmp_path / "r").exists()
 
 
-def test_a_mistake_ends_the_process_with_code_2(tiny, tmp_path):
-    done = launch(f"sdft.py {flags(tiny, tmp_path / 'r', '--lr -1')}")
-    assert (
-        done.returncode == 2 and done.stderr == "error: --lr -1: expected a number above 0\n"
-    )
-
-
 RANGES = """
-    sdft --is-cap -1 | sdft --eval-top-p 0 | sdft --eval-top-p 1.1 | sdft --eval-temperature -1
-    sdft --steps -3
+    sdft --is-cap -1 | sdft --eval-top-p 0 | sdft --eval-top-p 1.1 | sdft --eval-temperature -1 | sdft --steps -3
     sdft --epochs 0 | sdft --max-completion-tokens 0 | sdft --prompts-per-step 0 | sdft --rollouts 0
     sdft --eval-every 0 | sdft --save-every 0 | sdft --seed -1 | sdft --lr -1 | sdft --lr 0 | sdft --lr nan
     sdft --lora-rank -1 | sdft --ema-rate 1.5 | sdft --skip-tokens -1 | sdft --warmup -1 | sdft --topk 0
@@ -404,63 +299,49 @@ RANGES = """
     sdft --entropy-quantile 1.5 | sdft --max-prompt-tokens 0 | sdft --eval-samples 0
     sdpo --policy-weight 2 | sdpo --advantage-clip -1 | sdpo --mini-batch -1 | sdpo --teacher-samples -1
     srt --attempts 0 | srt --collect-batch 0 | srt --temperature -1 | srt --max-tokens 0 | srt --revisions 0
-    sdzero --sync-every -1 | sdzero --temperature -1 | distill --beta 2 | distill --lmbda -0.5
+    sdzero --sync-every -1 | sdzero --temperature -1 | distill --beta 2 | distill --lmbda 1.5
 """
 
 
-@pytest.mark.parametrize(
-    "wrong", [part.strip() for line in RANGES.split("\n") for part in line.split("|") if part.strip()]
-)
+@pytest.mark.parametrize("wrong", [wrong.strip() for wrong in RANGES.strip().replace("\n", "|").split("|")])
 def test_every_number_flag_has_a_range(wrong, monkeypatch, capsys):
     script, flag, *values = wrong.split()
-    code, text = start(script, " ".join([flag, *values]), monkeypatch, capsys)
+    code, _, text = start(script, " ".join([flag, *values]), monkeypatch, capsys)
     assert code == 2 and text.startswith(f"error: {flag} {values[-1]}: expected a number "), text
     assert text.count("\n") == 1
 
 
-def test_a_folder_in_use_and_changed_flags_are_refused(tiny, tmp_path):
-    run_here("sdft", tmp_path / "r", tiny)
-    with pytest.raises(
-        common.InputError, match="already holds a run; add --resume, delete it, or use another"
-    ):
-        run_here("sdft", tmp_path / "r", tiny)
-    with pytest.raises(common.InputError, match="was started with --ema-rate 0.01, not 0.5"):
-        run_here("sdft", tmp_path / "r", tiny, "--resume --ema-rate 0.5")
-    rows = run_here("sdft", tmp_path / "r", tiny, "--resume --tokens-per-batch 99 --eval-every 1")
+def test_a_folder_in_use_and_changed_flags_or_data_are_refused(tiny, tmp_path):
+    """The same path with another text: --resume would go on with other rows than it began with."""
+    data, text = tmp_path / "data.jsonl", tiny.data.read_text()
+
+    def refused(flags, message):
+        with pytest.raises(common.InputError, match=message):
+            run_here("sdft", tmp_path / "r", tiny, f"--data {data} {flags}")
+
+    data.write_text(text)
+    run_here("sdft", tmp_path / "r", tiny, f"--data {data}")
+    refused("", "already holds a run; add --resume, delete it, or use another")
+    refused("--resume --ema-rate 0.5", "was started with --ema-rate 0.01, not 0.5")
+    data.write_text(text.replace("zig:47210", "zig:47211", 1))
+    refused("--resume", "the data or the chat template changed since")
+    data.write_text(text)
+    rows = run_here("sdft", tmp_path / "r", tiny, f"--data {data} --resume --tokens-per-batch 99 --eval-every 1")
     assert len(rows) == 4  # flags of where and how fast may change
     (tmp_path / "r" / "config.json").unlink()
     with pytest.raises(common.InputError, match="has no config.json; use another --out"):
         run_here("sdft", tmp_path / "r", tiny, "--resume")
 
 
-def test_changed_data_are_refused(tiny, tmp_path):
-    """The same path, another text: --resume would go on with other rows than it began with."""
-    data = tmp_path / "data.jsonl"
-    rows = tiny.data.read_text()
-    data.write_text(rows)
-    run_here("sdft", tmp_path / "r", tiny, f"--data {data}")
-    data.write_text(rows.replace("zig:47210", "zig:47211", 1))
-    with pytest.raises(common.InputError, match="the data or the chat template changed since"):
-        run_here("sdft", tmp_path / "r", tiny, f"--data {data} --resume")
-    data.write_text(rows)
-    assert len(run_here("sdft", tmp_path / "r", tiny, f"--data {data} --resume")) == 4
+READ = "reads: <|user|>zig:47210<|end|><|assistant|>"
+DRY = {"sdft": ["3 steps of 8 prompts", f"student {READ}", "teacher reads: <|user|>\nzig:47210\n"]}
+DRY["distill"] = [f"student and teacher {READ.replace('reads', 'read')}"]
 
 
-def test_a_step_whose_completions_were_all_cut_off_is_a_warning(tiny, tmp_path, capsys):
-    rows = [{"prompt": f"zig:{i}", "privileged_context": "so1>2;"} for i in range(8)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = f"--data {tmp_path}/data.jsonl --max-completion-tokens 1 --steps 1 --skip-tokens 0"
-    run_here("sdft", tmp_path / "r", tiny, more)
-    assert "warning: every completion was cut off; raise --max-completion-tokens" in capsys.readouterr().out
-
-
-def test_dry_run_checks_and_shows_both_sides_but_leaves_nothing(tiny, tmp_path):
-    done = launch(f"sdft.py {flags(tiny, tmp_path / 'r', '--dry-run')}")
-    assert (
-        done.returncode == 0
-        and "student reads: <|user|>zig:" in done.stdout
-        and "3 steps of 8 prompts" in done.stdout
-    )
+@pytest.mark.parametrize("script", DRY)
+def test_dry_run_checks_and_shows_both_sides_but_leaves_nothing(script, tiny, tmp_path, monkeypatch, capsys):
+    code, text, _ = start(script, flags_of(script, tmp_path / "r", tiny, "--dry-run"), monkeypatch, capsys)
+    assert code == 0 and all(line in text for line in DRY[script]), text
     assert not (tmp_path / "r").exists()
 
 
@@ -472,14 +353,13 @@ def test_non_finite_gradients_skip_and_then_stop(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_needs_no_world(script, monkeypatch, capsys):
-    code, text = start(script, "--help", monkeypatch, capsys)
+    code, text, _ = start(script, "--help", monkeypatch, capsys)
     assert code == 0 and "--max-completion-tokens" in text and "minimise" in text
 
 
 def test_importing_the_scripts_does_nothing():
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {', '.join(SCRIPTS)}"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", f"import {', '.join(SCRIPTS)}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == ""
 
 
@@ -512,22 +392,14 @@ def test_wandb_gets_every_row_and_a_resumed_run_goes_on_there(tiny, tmp_path, mo
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     more = "--wandb-project p --save-every 1"
-    log = common.Run.log
-
-    def stop(run, step, metrics):
-        log(run, step, metrics)
-        run.stopped = step == 1
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "log", stop)
+    with killed_after(2):
         run_here("sdft", tmp_path / "r", tiny, more)
     rows = run_here("sdft", tmp_path / "r", tiny, f"{more} --resume")
-    assert [(step, metrics["step"]) for step, metrics in Wandb.rows] == [
-        (i, i) for i in range(4)
-    ] and Wandb.rows[-1][1] == rows[-1]
+    assert [(step, metrics["step"]) for step, metrics in Wandb.rows] == [(i, i) for i in (0, 1, 2, 2, 3)]
+    assert Wandb.rows[-1][1] == rows[-1]
     first, second = Wandb.begun
     assert first["id"] and first["project"] == "p" and first["name"] == "r" and first == second
-    samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
+    samples = common.read_jsonl(tmp_path / "r" / "samples.jsonl")
     assert [row for _, table in Wandb.tables for row in table["samples/eval"]] == samples
     expected = {"base/avg": rows[0]["eval/avg@1"], "last/avg": rows[-1]["eval/avg@1"]}
     assert expected.items() <= Wandb.summary.items()

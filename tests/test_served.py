@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,7 +21,7 @@ import pytest
 import torch
 import toy
 import transformers
-from conftest import checkpoint, flags_of, launch, make_model, part, run_here
+from conftest import checkpoint, flags_of, launch, make_model, part, run_here, same
 
 import distill as module
 from common import InputError, Run, RunError
@@ -145,28 +146,18 @@ def server(monkeypatch):
     fake.stop()
 
 
+FLAGS = dict(teacher="teacher", topk=K, support="teacher_topk", outputs="completion", objective="divergence")
+FLAGS |= dict(max_prompt_tokens=64, max_completion_tokens=30, model="student")
+
+
 def args_for(teacher_url, **changes):
-    flags = {
-        "teacher_url": teacher_url,
-        "teacher": "teacher",
-        "topk": K,
-        "support": "teacher_topk",
-        "outputs": "completion",
-    }
-    flags |= {
-        "objective": "divergence",
-        "max_prompt_tokens": 64,
-        "max_completion_tokens": 30,
-        "model": "student",
-    }
-    return SimpleNamespace(**flags | changes)
+    return SimpleNamespace(teacher_url=teacher_url, **FLAGS | changes)
 
 
 def client(server, **changes):
     return Served(args_for(server.url, **changes), VOCABULARY)
 
 
-WITH_URL = {"teacher_url": "http://localhost:8000/v1"}
 PAIRS = [([1, 2, 3], [4, 5, 6, EOS]), ([7], [8, EOS]), ([9, 10], [11]), ([12] * 30, list(range(20, 60)))]
 
 
@@ -192,13 +183,10 @@ def test_without_a_top_k_only_the_sent_tokens_are_asked_for(how, server):
     assert {body["prompt_logprobs"] for body in server.bodies} == {0}
 
 
-def test_no_pairs_no_requests(server):
-    assert client(server).ask([]) == [] and server.asked == 0
-
-
 def test_what_the_server_is_sent(server, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     server.seconds = 0.05
+    assert client(server).ask([]) == [] and server.asked == 0
     client(server).ask(PAIRS * 10)
     assert sorted(body["prompt"] for body in server.bodies) == sorted([x + y for x, y in PAIRS] * 10)
     sent = {"model": "teacher", "prompt": 0, "max_tokens": 1, "temperature": 0, "prompt_logprobs": K}
@@ -223,9 +211,17 @@ def test_a_probability_of_one_may_be_rounded_up(server):
 # ---- Compared at the start
 
 
-def test_a_server_that_fits_is_described(server):
-    said = client(server).check(TOKENIZER, [EOS], [1, 2])
-    assert "teacher teacher at" in said and "89 tokens compared" in said
+FITS = [
+    ({}, "teacher teacher at .*89 tokens compared"),
+    ({"max_model_len": 64 + 30 + 1}, "89 tokens compared"),
+    ({"max_model_len": None, "tells_tokens": 404}, "tokens not compared"),
+]
+
+
+@pytest.mark.parametrize("change, said", FITS)
+def test_a_server_that_fits_is_described(change, said, server):
+    vars(server).update(change, eos=[EOS, 4])
+    assert re.search(said, client(server).check(TOKENIZER, [EOS, 4], [1, 2]))
     assert server.bodies[0]["prompt"] == [1, 2, VOCABULARY - 1]
 
 
@@ -237,39 +233,18 @@ def test_a_server_that_fits_is_described(server):
         ({"max_model_len": 94}, {}, "max_model_len 95; the server has .*94"),
         ({"max_logprobs": 5}, {}, "Requested prompt logprobs of 7.*--max-logprobs 7"),
         ({"max_logprobs": -1}, {"support": "sampled"}, "--max-logprobs 1."),
-        ({"eos": [0]}, {}, " teacher does not end answers with '3'"),
+        ({"eos": [EOS]}, {}, " teacher does not end answers with '4'"),  # one of the student's two
         ({"models_text": "<html>busy"}, {}, "JSONDecodeError.*is vLLM up"),
         ({"models_text": '{"object": "error"}'}, {}, "KeyError: 'data' .*'error'.*is vLLM up"),
         ({"models_text": '{"data": null}'}, {}, "is vLLM up"),
         ({"models_text": '{"data": ["teacher"]}'}, {}, "is vLLM up"),
-        (
-            {"tokenizer": SimpleNamespace(decode=lambda ids: "zig")},
-            {},
-            "and --model student differ in vocabulary",
-        ),
+        ({"tokenizer": SimpleNamespace(decode=str)}, {}, "and --model student differ in vocabulary"),
     ],
 )
 def test_a_server_that_does_not_fit_is_refused_at_the_start(change, flags, message, server):
-    vars(server).update(change)
+    vars(server).update({"eos": [EOS, 4]} | change)
     with pytest.raises(InputError, match=f"^--teacher.*{message}"):
-        client(server, **flags).check(TOKENIZER, [EOS], [1, 2])
-
-
-def test_every_eos_of_the_student_must_end_an_answer(server):
-    server.eos = [EOS, 4]
-    client(server).check(TOKENIZER, [EOS, 4], [1, 2])
-    with pytest.raises(InputError, match="does not end answers with '5'"):
-        client(server).check(TOKENIZER, [EOS, 5], [1, 2])
-
-
-def test_lengths_and_tokens_that_a_server_does_not_tell(server):
-    server.max_model_len, server.tells_tokens = None, 404
-    assert "tokens not compared" in client(server).check(TOKENIZER, [EOS], [1, 2])
-
-
-def test_the_longest_sequence_may_just_fit(server):
-    server.max_model_len = 64 + 30 + 1
-    assert client(server).check(TOKENIZER, [EOS], [1, 2])
+        client(server, **flags).check(TOKENIZER, [EOS, 4], [1, 2])
 
 
 def test_nobody_at_the_address(server):
@@ -286,34 +261,12 @@ def test_openai_is_not_installed(monkeypatch):
         Served(args_for("http://localhost:8000/v1"), VOCABULARY)
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"teacher_url": "localhost:8000"}, "expected http://localhost:8000/v1"),
-        ({"teacher_url": "http://localhost:80o/v1"}, "expected http://localhost:8000/v1"),
-        ({"teacher_url": "ftp://localhost/v1"}, "expected http://localhost:8000/v1"),
-        ({"objective": "sft"}, "use --teacher PATH"),
-        ({"outputs": "teacher"}, "use --teacher PATH"),
-        ({"support": "full"}, "--support full is not for --teacher-url"),
-        ({"support": "student_topk"}, "--support student_topk is not for --teacher-url"),
-    ],
-)
-def test_what_a_server_cannot_give(flags, message):
-    with pytest.raises(InputError, match=message):
-        check_served(args_for(**WITH_URL | flags))
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        {"support": "sampled"},
-        {"objective": "policy_gradient", "support": "full"},
-        {"teacher_url": "https://[::1]:8000/v1"},
-    ],
-)
-def test_what_a_server_can_give(flags):
-    assert check_served(args_for(**WITH_URL | flags)) is None
+@pytest.mark.parametrize("url", ["localhost:8000", "http://localhost:80o/v1", "ftp://localhost/v1"])
+def test_addresses(url):
+    """tests/test_distill.py has what a server cannot give."""
+    with pytest.raises(InputError, match="expected http://localhost:8000/v1"):
+        check_served(args_for(url))
+    check_served(args_for("https://[::1]:8000/v1"))
 
 
 # ---- Wrong answers: nothing is trained on them
@@ -345,15 +298,13 @@ def raise_sent(choice, table):
 
 
 POSITION = "position 69 "  # the last one of the fourth pair
+SENT = "70 tokens were sent, "
 WRONG = {
-    "too short": (lambda c, t: t.pop(), "70 tokens were sent, 69 positions came back"),
-    "too long": (lambda c, t: t.append(t[-1]), "70 tokens were sent, 71 positions came back"),
-    "no table": (lambda c, t: c.update(prompt_logprobs=None), "70 tokens were sent, 0 positions"),
-    "text": (lambda c, t: c.update(prompt_logprobs="x" * len(t)), "70 tokens were sent, 0 positions"),
-    "no prompt_logprobs": (
-        lambda c, t: c.pop("prompt_logprobs"),
-        "KeyError: 'prompt_logprobs' .*'text': 'x'",
-    ),
+    "too short": (lambda c, t: t.pop(), SENT + "69 positions came back"),
+    "too long": (lambda c, t: t.append(t[-1]), SENT + "71 positions came back"),
+    "no table": (lambda c, t: c.update(prompt_logprobs=None), SENT + "0 positions"),
+    "text": (lambda c, t: c.update(prompt_logprobs="x" * len(t)), SENT + "0 positions"),
+    "no prompt_logprobs": (lambda c, t: c.pop("prompt_logprobs"), "KeyError: 'prompt_logprobs' .*'text': 'x'"),
     "a null": (lambda c, t: t.__setitem__(-1, None), POSITION + ".*None"),
     "text keys": (lambda c, t: t.__setitem__(-1, {"zig": {"logprob": -1.0}}), POSITION + ".*zig"),
     "no logprob": (lambda c, t: first(t[-1]).update(logprob=None), POSITION + ".*None"),
@@ -361,10 +312,7 @@ WRONG = {
     "infinite": (lambda c, t: first(t[-1]).update(logprob=-math.inf), POSITION + ".*-inf"),
     "above 0": (lambda c, t: first(t[-1]).update(logprob=2e-3), POSITION + ".*0.002"),
     "logits": (lambda c, t: raise_all(t, lambda logp: logp + 9), POSITION + ".*[0-9.]+"),
-    "too much mass": (
-        lambda c, t: raise_all(t, lambda logp: -0.01),
-        POSITION + "has 7 tokens of mass 6.9",
-    ),
+    "too much mass": (lambda c, t: raise_all(t, lambda logp: -0.01), POSITION + "has 7 tokens of mass 6.9"),
     "mass just over 1": (
         lambda c, t: raise_all(t, lambda logp: math.log(1.002 / K)),
         POSITION + "has 7 tokens of mass 1.002",
@@ -394,32 +342,25 @@ def test_a_wrong_answer_is_an_error(what, server):
     assert server.asked <= len(PAIRS)  # a wrong answer is not asked for again
 
 
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        ("html", "TypeError.*<html>busy"),
-        ("cut json", "JSONDecodeError"),
-        ("400", "BadRequestError: .*no such thing"),
-        ("304", "APIStatusError: .*304"),
-        ("list", "TypeError"),
-        ("no choices", "IndexError"),
-    ],
-)
-def test_answers_that_are_not_tried_again(what, message, server):
-    def trouble(number, handler, reply):
-        whole = json.dumps(reply).encode()
-        replies = {
-            "html": (200, b"<html>busy</html>", None, "text/html"),
-            "cut json": (200, whole[:-9]),
-            "400": (400, b"no such thing"),
-            "304": (304, b""),
-            "list": (200, b"[]"),
-            "no choices": (200, b'{"choices": []}'),
-        }
-        handler.send(*replies[what])
-        return True
+def whole(reply):
+    return json.dumps(reply).encode()
 
-    server.trouble = trouble
+
+NEVER_AGAIN = {
+    "html": (200, lambda reply: b"<html>busy</html>", "TypeError.*<html>busy"),
+    "cut json": (200, lambda reply: whole(reply)[:-9], "JSONDecodeError"),
+    "400": (400, lambda reply: b"no such thing", "BadRequestError: .*no such thing"),
+    "304": (304, lambda reply: b"", "APIStatusError: .*304"),
+    "list": (200, lambda reply: b"[]", "TypeError"),
+    "no choices": (200, lambda reply: b'{"choices": []}', "IndexError"),
+}
+
+
+@pytest.mark.parametrize("what", NEVER_AGAIN)
+def test_answers_that_are_not_tried_again(what, server):
+    status, text, message = NEVER_AGAIN[what]
+    kind = "text/html" if what == "html" else "application/json"
+    server.trouble = lambda number, handler, reply: handler.send(status, text(reply), kind=kind) or True
     with pytest.raises(ConnectionError, match=message):
         client(server).ask(PAIRS[:1])
     assert server.asked == 1
@@ -427,7 +368,7 @@ def test_answers_that_are_not_tried_again(what, message, server):
 
 @pytest.mark.parametrize("what", ["408", "409", "429", "500", "503", "broken body", "hang up", "silence"])
 def test_passing_trouble_is_tried_again(what, server, monkeypatch):
-    whole = client(server).ask(PAIRS)
+    calm = client(server).ask(PAIRS)
     server.asked, tries = 0, []
     monkeypatch.setattr(module, "TIMEOUT", 0.3)
 
@@ -435,11 +376,10 @@ def test_passing_trouble_is_tried_again(what, server, monkeypatch):
         if number > 2:
             return False
         tries.append(number)
-        text = json.dumps(reply).encode()
         if what.isdigit():
             handler.send(int(what), b"later")
         elif what == "broken body":
-            handler.send(200, text[:100], length=len(text))
+            handler.send(200, whole(reply)[:100], length=len(whole(reply)))
             handler.connection.shutdown(socket.SHUT_RDWR)
         elif what == "hang up":
             handler.connection.shutdown(socket.SHUT_RDWR)
@@ -448,7 +388,7 @@ def test_passing_trouble_is_tried_again(what, server, monkeypatch):
         return True
 
     server.trouble = trouble
-    for a, b in zip(client(server).ask(PAIRS), whole, strict=True):
+    for a, b in zip(client(server).ask(PAIRS), calm, strict=True):
         assert all(map(torch.equal, a, b))
     assert sorted(tries) == [1, 2] and server.asked == len(PAIRS) + 2
 
@@ -456,9 +396,8 @@ def test_passing_trouble_is_tried_again(what, server, monkeypatch):
 @pytest.mark.parametrize("status", [429, 503])
 def test_retries_end(status, server):
     server.trouble = lambda number, handler, reply: handler.send(status, b"later") or True
-    with pytest.raises(
-        ConnectionError, match=f"no usable answer from the teacher at {server.url}, /completions: .*later"
-    ):
+    told = f"no usable answer from the teacher at {server.url}, /completions: .*later"
+    with pytest.raises(ConnectionError, match=told):
         client(server).ask(PAIRS[:1])
     assert server.asked == 1 + module.RETRIES
 
@@ -513,136 +452,74 @@ def at(reader, more=""):
     return f"{teacher} --steps 2 {more}"
 
 
-def close(a, b, rel=1e-5):
-    for x, y in zip(a, b, strict=True):
-        keys = {k for k in x | y if not k.startswith(("time/", "memory/"))}
-        expected = {k: pytest.approx(y[k], rel=rel, abs=1e-6 if rel else 0) for k in keys}
-        assert {k: x[k] for k in keys} == expected
+HOW = [
+    "",
+    "--divergence jsd --rollouts 2 --average sequence",
+    "--divergence reverse_kl --support sampled",
+    "--objective policy_gradient --mini-batch 4",
+    "--lmbda 0",
+]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "",
-        "--divergence jsd --rollouts 2 --average sequence",
-        "--divergence reverse_kl --support sampled",
-        "--objective policy_gradient --mini-batch 4",
-        "--lmbda 0",
-    ],
-)
-def test_a_served_teacher_equals_the_local_one(how, reader, tiny, tmp_path):
-    served = run_here("distill", tmp_path / "served", tiny, at(reader, how))
-    local = run_here("distill", tmp_path / "local", tiny, at(reader, how + " --teacher-url="))
-    close(served, local)
-    samples = 2 if "--rollouts" in how else 1
-    assert served[1]["train/grad_norm"] > 0 and reader.asked == 1 + 2 * 8 * samples
-
-
-def test_the_server_reads_the_token_ids_that_were_sampled(reader, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", HOW)
+def test_a_served_teacher_equals_the_local_one(how, reader, tiny, tmp_path, monkeypatch, capsys):
+    """And the server reads the token ids that were sampled, no others."""
     samples, loss = [], module.gkd_loss
 
     def spy(h, head, target, micro, *rest):
-        samples.extend(micro)
+        samples.extend(s.prompt + s.y for s in micro)
         return loss(h, head, target, micro, *rest)
 
-    monkeypatch.setattr(module, "gkd_loss", spy)
-    run_here("distill", tmp_path / "r", tiny, at(reader))
-    assert sorted(body["prompt"] for body in reader.bodies[1:]) == sorted(s.prompt + s.y for s in samples)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "gkd_loss", spy)
+        served = run_here("distill", tmp_path / "served", tiny, at(reader, how))
+    assert " 89 tokens compared" in capsys.readouterr().out
+    same(served, run_here("distill", tmp_path / "local", tiny, at(reader, how + " --teacher-url=")), rel=1e-5)
+    assert served[1]["train/grad_norm"] > 0 and len(samples) == 2 * 8 * (2 if "--rollouts" in how else 1)
+    assert sorted(body["prompt"] for body in reader.bodies[1:]) == sorted(samples)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"models": ["a", "b"]}, "the server has .*a.*b"),
-        ({"max_model_len": 90}, "needs max_model_len 95; the server has .*90"),
-        ({"max_logprobs": 5}, "Requested prompt logprobs of 7.*--max-logprobs 7"),
-        ({"eos": [0]}, "does not end answers with '<.end.>'"),
-        ({"tokenizer": SimpleNamespace(decode=lambda ids: "zig zag")}, "differ in vocabulary"),
-    ],
-)
-def test_a_server_that_does_not_fit_is_refused_before_a_model_is_loaded(
-    change, message, reader, tiny, tmp_path, monkeypatch
-):
-    vars(reader).update(change)
-
-    def too_early(*args, **kwargs):
-        pytest.fail("a model was loaded first")
-
-    monkeypatch.setattr(module, "load_model", too_early)
-    with pytest.raises(InputError, match=message):
+def test_the_server_is_compared_before_a_model_is_loaded(reader, tiny, tmp_path, monkeypatch):
+    reader.eos = [0]
+    monkeypatch.setattr(module, "load_model", lambda *a: pytest.fail("a model was loaded first"))
+    with pytest.raises(InputError, match="does not end answers with '<.end.>'"):
         run_here("distill", tmp_path / "r", tiny, at(reader))
 
 
-def test_tokens_that_could_not_be_compared_are_reported(reader, tiny, tmp_path, capsys):
-    reader.tells_tokens = 404
-    run_here("distill", tmp_path / "r", tiny, at(reader))
-    assert "tokens not compared" in capsys.readouterr().out
+LOST = {"a wrong answer": "nothing was trained on it: position .*--resume"}
+LOST["no server"] = "Connection error.*--resume"
 
 
-def test_a_wrong_answer_stops_the_run(reader, tiny, tmp_path, monkeypatch):
-    """Number 10 is in step 2: step 1 is saved, and no weight moves in step 2."""
+@pytest.mark.parametrize("what", LOST)
+def test_a_run_that_loses_its_teacher_ends_and_resumes(what, reader, tiny, tmp_path, monkeypatch):
+    """With one sentence, in step 4: the weights move no more, and the newest checkpoint is that of step 2."""
+    more = "--steps 5 --mini-batch 4 --eval-every 2 --eval-temperature 1 --save-every 2"
+    calm = run_here("distill", tmp_path / "whole", tiny, at(reader, more))
+    reader.asked, steps, step = 0, [], module.optimizer_step
 
     def trouble(number, handler, reply):
-        if number == 10:
+        if number != 1 + 8 * 3 + 5:  # in the second half of step 4
+            return False
+        if what == "a wrong answer":
             reply["choices"][0]["prompt_logprobs"][-1] = None
-
-    reader.trouble = trouble
-    steps, step = [], module.optimizer_step
+            return False
+        threading.Thread(target=reader.stop).start()
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        return True
 
     def counted(*args):
         steps.append(1)
         return step(*args)
 
-    monkeypatch.setattr(module, "optimizer_step", counted)
-    with pytest.raises(RunError, match="nothing was trained on it: position .*--resume"):
-        run_here("distill", tmp_path / "r", tiny, at(reader, "--save-every 1"))
-    assert len(steps) == 1
-    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-00000001"]
-    reader.trouble = None
-    resumed = run_here("distill", tmp_path / "r", tiny, at(reader, "--save-every 1 --resume"))
-    close(resumed, run_here("distill", tmp_path / "whole", tiny, at(reader)), rel=0)
-
-
-def test_passing_trouble_leaves_no_trace(reader, tiny, tmp_path):
-    whole = run_here("distill", tmp_path / "whole", tiny, at(reader))
-    reader.asked = 0
-
-    def trouble(number, handler, reply):
-        if number == 10:
-            handler.send(503, b"later")
-            return True
-        if number == 12:
-            handler.connection.shutdown(socket.SHUT_RDWR)
-            return True
-
     reader.trouble = trouble
-    close(run_here("distill", tmp_path / "r", tiny, at(reader)), whole, rel=0)
-    assert reader.asked == 1 + 2 * 8 + 2
-
-
-def test_a_server_that_stays_away_ends_the_run_which_resumes(reader, tiny, tmp_path):
-    """The run ends with one sentence, and resumes from its newest checkpoint as if nothing had happened."""
-    more = "--steps 5 --mini-batch 4 --eval-every 2 --eval-temperature 1 --save-every 2"
-    flags = at(reader, more)
-    whole = run_here("distill", tmp_path / "whole", tiny, flags)
-    reader.asked = 0
-
-    def die(number, handler, reply):
-        if number == 1 + 8 * 3 + 5:  # within step 4
-            threading.Thread(target=reader.stop).start()
-            handler.connection.shutdown(socket.SHUT_RDWR)
-            return True
-
-    reader.trouble = die
-    with pytest.raises(RunError, match="Connection error.*--resume"):
-        run_here("distill", tmp_path / "r", tiny, flags)
-    saved = sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir())
-    assert saved == ["step-00000002"]
-    reader.trouble = None
-    reader.port = 0  # back, at another address
+    monkeypatch.setattr(module, "optimizer_step", counted)
+    with pytest.raises(RunError, match=LOST[what]):
+        run_here("distill", tmp_path / "r", tiny, at(reader, more))
+    assert len(steps) == 2 * 3 + 1
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-00000002"]
+    reader.trouble, reader.port = None, 0  # it comes back at another address
     reader.start()
-    resumed = run_here("distill", tmp_path / "r", tiny, at(reader, more + " --resume"))
-    close(resumed, whole, rel=0)
+    same(run_here("distill", tmp_path / "r", tiny, at(reader, more + " --resume")), calm)
     a, b = (checkpoint(tmp_path / name, 5) for name in ("whole", "r"))
     assert all(torch.equal(x, part(b, "student")[name]) for name, x in part(a, "student").items())
 
@@ -656,9 +533,8 @@ def test_all_processes_stop_together(reader, tiny, tmp_path):
             return True
 
     reader.trouble = trouble
-    done = launch(
-        "distill.py " + flags_of("distill", tmp_path / "r", tiny, at(reader, "--save-every 1")), processes=2
-    )
+    flags = flags_of("distill", tmp_path / "r", tiny, at(reader, "--save-every 1"))
+    done = launch(f"distill.py {flags}", processes=2)
     assert done.returncode and "enough" in done.stderr
     assert "Traceback (most" not in done.stderr.split("torch/distributed")[0]
     assert (tmp_path / "r" / "checkpoints" / "step-00000001").exists()
@@ -721,7 +597,7 @@ def test_real_vllm_equals_the_local_teacher_and_may_die(tiny, tmp_path, monkeypa
             # Two steps: in a third, noise of 3e-6 in the log-probs can flip a token that the student samples.
             flags = f"--teacher {teacher} --steps 2 {how}"
             served = run_here("distill", tmp_path / f"served{i}", tiny, f"{flags} --teacher-url {url}")
-            close(served, run_here("distill", tmp_path / f"local{i}", tiny, flags), rel=1e-5)
+            same(served, run_here("distill", tmp_path / f"local{i}", tiny, flags), rel=1e-5)
         flags = f"--teacher {teacher} --teacher-url {url} --save-every 1 {forms[0]}"
         served, log = run_here("distill", tmp_path / "whole", tiny, flags), Run.log
 
@@ -736,7 +612,7 @@ def test_real_vllm_equals_the_local_teacher_and_may_die(tiny, tmp_path, monkeypa
             with pytest.raises(RunError, match="Connection error.*--resume"):
                 run_here("distill", tmp_path / "cut", tiny, flags)
         process = serve(teacher, port)
-        close(run_here("distill", tmp_path / "cut", tiny, flags + " --resume"), served, rel=1e-5)
+        same(run_here("distill", tmp_path / "cut", tiny, flags + " --resume"), served, rel=1e-5)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

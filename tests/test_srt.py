@@ -10,39 +10,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toy
-from conftest import ROOT, flags_of, launch, make_model, run_here
+from conftest import ROOT, flags_of, killed_after, launch, make_model, run_here, same
 
 import common
 import srt
-from common import (
-    InputError,
-    Rollout,
-    Run,
-    completion_states,
-    head_of,
-    load_model,
-    parse_args,
-)
-from srt import (
-    PRESETS,
-    Args,
-    Sample,
-    srt_loss,
-    stages,
-    strip_opening,
-    trim_repeats,
-    why_not,
-)
+from common import InputError, Rollout, Run, completion_states, head_of, load_model, parse_args, read_jsonl
+from srt import PRESETS, Args, Sample, srt_loss, stages, strip_opening, trim_repeats, why_not
 
 TOKENIZER = toy.make_tokenizer()
-WRONG, RIGHT = (
-    "\n\nWait, this response is wrong. Let me correct it.\n\n",
-    "\n\nLet me rephrase the above solution.\n\n",
-)
+WRONG = "\n\nWait, this response is wrong. Let me correct it.\n\n"
+RIGHT = "\n\nLet me rephrase the above solution.\n\n"
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture
+def odd(tmp_path):
+    """The flag of a verifier that wants texts of odd length."""
+    (tmp_path / "v.py").write_text("def v(completion, row):\n    return float(len(completion) % 2)\n")
+    return f"--verifier {tmp_path}/v.py:v"
 
 
 # ---- Collection, with a scripted model: question "add:a+b" is attempted and revised as SAYS tells
@@ -79,7 +63,7 @@ def scripted(tiny, tmp_path, monkeypatch):
         out = tmp_path / f"r{len(list(tmp_path.iterdir()))}"
         flags = f"--model {tiny.model} --data {tmp_path}/add.jsonl --revisions 2 --collect-only --out {out} "
         srt.main(parse_args(Args, PRESETS, [*(flags + more).split(), "--eval-data"]))
-        return {(r["y0"], r["revision"]): r for r in read(out / "revisions.jsonl")}
+        return {(r["y0"], r["revision"]): r for r in read_jsonl(out / "revisions.jsonl")}
 
     return SimpleNamespace(run=run, asked=asked)
 
@@ -100,69 +84,46 @@ def test_the_model_goes_on_in_its_own_turn(scripted):
 def test_kept_revisions_verify_and_every_other_says_why(scripted):
     """Trap 52. Wrong, cut off and repeated revisions stay in the file, marked."""
     records = scripted.run()
-    assert {key: r["dropped"] for key, r in records.items()} == {
-        ("2", 0): "",
-        ("2", 1): "wrong",
-        ("9", 0): "",
-        ("9", 1): "duplicate",
-        ("7", 0): "",
-        ("7", 1): "cut off",
-        ("55", 0): "",
-        ("55", 1): "wrong",
-    }
+    dropped = {("2", 0): "", ("2", 1): "wrong", ("9", 0): "", ("9", 1): "duplicate"}
+    dropped |= {("7", 0): "", ("7", 1): "cut off", ("55", 0): "", ("55", 1): "wrong"}
+    assert {key: r["dropped"] for key, r in records.items()} == dropped
     for r in records.values():
-        assert r["dropped"] or common.exact(
-            r["y1"], {"answer": str(sum(map(int, TOKENIZER.decode(r["prompt_ids"])[12:15].split("+"))))}
-        )
-        assert (
-            r["y0_ids"] == TOKENIZER(r["y0"])["input_ids"]
-            and r["y1_ids"] == TOKENIZER(r["y1"])["input_ids"] + [TOKENIZER.eos_token_id] * r["y1_finished"]
-        )
+        answer = str(2 * int(TOKENIZER.decode(r["prompt_ids"])[12]))
+        assert r["dropped"] or common.exact(r["y1"], {"answer": answer})
+        assert r["y0_ids"] == TOKENIZER(r["y0"])["input_ids"]
+        assert r["y1_ids"] == TOKENIZER(r["y1"])["input_ids"] + [TOKENIZER.eos_token_id] * r["y1_finished"]
         assert TOKENIZER.decode(r["phrase_ids"]) == (RIGHT if r["y0_reward"] else WRONG)
 
 
 def test_flags_of_the_collection(scripted):
-    assert {key for key, r in scripted.run("--keep all").items() if not r["dropped"]} == {
-        ("2", 0),
-        ("2", 1),
-        ("9", 0),
-        ("7", 0),
-        ("55", 0),
-        ("55", 1),
-    }
+    kept = {key for key, r in scripted.run("--keep all").items() if not r["dropped"]}
+    assert kept == {("2", 0), ("2", 1), ("9", 0), ("7", 0), ("55", 0), ("55", 1)}
     records = scripted.run("--no-revise-right")
     assert records[("2", -1)]["dropped"] == "right, not revised" and ("2", 0) not in records
     kept = [r for r in scripted.run("--target 1 --collect-batch 1").values() if not r["dropped"]]
     assert len({r["where"] for r in kept}) == 1
     assert len({r["where"] for r in scripted.run("--questions 2").values()}) == 2
     assert {r["dropped"] for r in scripted.run("--max-tokens 15").values()} >= {"20 tokens"}
+    half = {"revision": 0, "y1_finished": True, "y1_reward": 0.4}
+    assert why_not(half, set(), Args()) == "wrong"
 
 
 @pytest.mark.parametrize(
-    "flaw, clean",
+    "clean, flaw, text",
     [
-        ("so it is 4. " * 5, "so it is 4. "),
-        ("abcdefghij" * 2, "abcdefghij" * 2),
-        ("x" + "0123456789\n" * 3, "x0123456789\n"),
-        ("4", "4"),
-        ("", ""),
+        (trim_repeats, "so it is 4. " * 5, "so it is 4. "),
+        (trim_repeats, "abcdefghij" * 2, "abcdefghij" * 2),
+        (trim_repeats, "x" + "0123456789\n" * 3, "x0123456789\n"),
+        (trim_repeats, "4", "4"),
+        (trim_repeats, "", ""),
+        (strip_opening, "You're right, I erred. the sum is 4.", "The sum is 4."),
+        (strip_opening, "Thank you for checking! Good catch. 2+2", "2+2"),
+        (strip_opening, "Good work is 4.", "Good work is 4."),
+        (strip_opening, "It is 4. Thank you for asking.", "It is 4. Thank you for asking."),
     ],
 )
-def test_repeating_tails_are_cut(flaw, clean):
-    assert trim_repeats(flaw) == clean
-
-
-@pytest.mark.parametrize(
-    "text, clean",
-    [
-        ("You're right, I erred. the sum is 4.", "The sum is 4."),
-        ("Thank you for checking! Good catch. 2+2", "2+2"),
-        ("Good work is 4.", "Good work is 4."),
-        ("It is 4. Thank you for asking.", "It is 4. Thank you for asking."),
-    ],
-)
-def test_chat_openings_are_cut(text, clean):
-    assert strip_opening(text) == clean
+def test_repeating_tails_and_chat_openings_are_cut(clean, flaw, text):
+    assert clean(flaw) == text
 
 
 def test_a_cleaned_revision_is_verified_again_and_its_tokens_are_new(scripted, monkeypatch):
@@ -183,7 +144,11 @@ def test_a_cleaned_answer_keeps_the_spelling_of_special_tokens_as_text():
 
 
 def collect(tiny, out, more=""):
-    return f"srt.py {flags_of('srt', out, tiny, f'--collect-only --collect-batch 2 {more}')}"
+    return f"srt.py {flags_of('srt', out, tiny, f'--collect-only --collect-batch 2 {more}')}".split()
+
+
+def revisions(folder):
+    return (folder / "revisions.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("place", ["draw 1", "draw 6", "write 2", "write 12", "rename 3", "rename 13"])
@@ -191,88 +156,59 @@ def test_a_collection_that_dies_anywhere_goes_on_where_it_was(place, tiny, tmp_p
     """In the middle of drawing, of writing a batch, between writing and renaming, and of the final file."""
 
     def main(name, more=""):
-        srt.main(parse_args(Args, PRESETS, collect(tiny, tmp_path / name, more).split()[1:]))
+        srt.main(parse_args(Args, PRESETS, collect(tiny, tmp_path / name, more)[1:]))
 
     main("whole")
     what, when = place.split()
-    calls = iter(range(1, 1000))
+    places = {"draw": (common.Sampler, "__call__"), "write": (srt, "append_jsonl"), "rename": (srt.Path, "rename")}
+    done, calls = getattr(*places[what]), iter(range(1, 1000))
 
-    def dying(step, half=None):
-        def call(*a, **k):
-            if next(calls) == int(when):
-                if half:
-                    half(*a)
-                raise KeyboardInterrupt
-            return step(*a, **k)
+    def dying(*args):
+        if next(calls) == int(when):
+            if what == "write":
+                args[0].write_text('{"half a li')
+            raise KeyboardInterrupt
+        return done(*args)
 
-        return call
-
-    with monkeypatch.context() as patch:
-        if what == "draw":
-            patch.setattr(common.Sampler, "__call__", dying(common.Sampler.__call__))
-        elif what == "write":
-            patch.setattr(
-                srt,
-                "append_jsonl",
-                dying(srt.append_jsonl, lambda path, rows: path.write_text('{"half a li')),
-            )
-        else:
-            patch.setattr(srt.Path, "rename", dying(srt.Path.rename))
-        with pytest.raises(KeyboardInterrupt):
-            main("r")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*places[what], dying)
+        main("r")
     main("r", "--resume")
-    assert (tmp_path / "r" / "revisions.jsonl").read_bytes() == (
-        tmp_path / "whole" / "revisions.jsonl"
-    ).read_bytes()
+    assert revisions(tmp_path / "r") == revisions(tmp_path / "whole")
     assert not (tmp_path / "r" / "collected").exists()
 
 
 def test_three_kills_at_random_moments_change_nothing(tiny, tmp_path):
-    (tmp_path / "slow.py").write_text(
-        "import time\ndef slow(completion, row):\n"
-        "    time.sleep(0.05)\n    return float(len(completion) % 2)\n"
-    )
+    slow = "import time\ndef slow(completion, row):\n    time.sleep(0.05)\n    return float(len(completion) % 2)\n"
+    (tmp_path / "slow.py").write_text(slow)
+    streams = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
-    def command(name):
-        return [
-            sys.executable,
-            *collect(tiny, tmp_path / name, f"--resume --verifier {tmp_path}/slow.py:slow").split(),
-        ]
+    def start(name):
+        flags = collect(tiny, tmp_path / name, f"--resume --verifier {tmp_path}/slow.py:slow")
+        return subprocess.Popen([sys.executable, *flags], **streams)
 
-    assert subprocess.run(command("whole"), cwd=ROOT, capture_output=True).returncode == 0
+    whole = start("whole")
     for _ in range(3):
-        process = subprocess.Popen(
-            command("r"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        process = start("r")
         while "collected" not in process.stdout.readline():
-            pass
+            assert process.poll() is None
         time.sleep(torch.rand(()).item() * 0.5)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         assert not (tmp_path / "r" / "revisions.jsonl").exists()
-    assert subprocess.run(command("r"), cwd=ROOT, capture_output=True).returncode == 0
-    assert (tmp_path / "r" / "revisions.jsonl").read_bytes() == (
-        tmp_path / "whole" / "revisions.jsonl"
-    ).read_bytes()
+    last = start("r")
+    for process in (whole, last):
+        process.communicate()
+        assert process.returncode == 0
+    assert revisions(tmp_path / "r") == revisions(tmp_path / "whole")
 
 
 def test_processes_collect_the_same(tiny, tmp_path):
     for n in (1, 2):
-        done = launch(collect(tiny, tmp_path / str(n)), processes=n)
+        done = launch(" ".join(collect(tiny, tmp_path / str(n))), processes=n)
         assert done.returncode == 0, done.stderr
-    one, two = (read(tmp_path / n / "revisions.jsonl") for n in "12")
-    assert one == two and len(one) == 24
-
-
-def test_collected_work_is_not_overwritten_by_accident(tiny, tmp_path):
-    def main(more=""):
-        srt.main(parse_args(Args, PRESETS, collect(tiny, tmp_path / "r", more).split()[1:]))
-
-    main()
-    with pytest.raises(InputError, match="already holds a run"):
-        main()
-    with pytest.raises(InputError, match="was started with --revisions 1, not 2"):
-        main("--resume --revisions 2")
+    assert revisions(tmp_path / "1") == revisions(tmp_path / "2")
+    assert revisions(tmp_path / "1").count(b"\n") == 24
 
 
 # ---- What each loss covers
@@ -304,26 +240,18 @@ def record(reward, name="q"):
 
 def test_the_authors_two_stages():
     """Stage two takes revisions of right attempts first; right ones left over are in neither stage."""
-    kept = [record(0.0, "a"), record(1.0, "b"), record(0.0, "c"), record(1.0, "d"), record(0.0, "e")]
+    kept = [{"y0_reward": float(name in "bd"), "where": name} for name in "abcde"]
 
-    def name(plan):
-        return [(loss, [r["where"] for r in part]) for _, _, loss, part in plan]
+    def plan(**flags):
+        return [(loss, "".join(r["where"] for r in part)) for _, _, loss, part in stages(kept, Args(**flags))]
 
-    assert name(stages(kept, Args(loss="sequential", stage_two=3))) == [
-        ("generation", ["c", "e"]),
-        ("revision", ["b", "d", "a"]),
-    ]
-    assert name(stages(kept, Args(loss="sequential", stage_two=1))) == [
-        ("generation", ["a", "c", "e"]),
-        ("revision", ["b"]),
-    ]
-    assert [loss for _, _, loss, _ in stages(kept, Args())] == ["joint"] and [
-        loss for _, _, loss, _ in stages(kept, Args(method="rft"))
-    ] == ["generation"]
+    assert plan(loss="sequential", stage_two=3) == [("generation", "ce"), ("revision", "bda")]
+    assert plan(loss="sequential", stage_two=1) == [("generation", "ace"), ("revision", "b")]
+    assert plan() == [("joint", "abcde")] and plan(method="rft") == [("generation", "abcde")]
 
 
-def test_the_second_stage_is_a_run_of_its_own(tiny, tmp_path, monkeypatch):
-    """A new optimizer and schedule, and the other loss."""
+def test_the_second_stage_is_a_run_of_its_own(tiny, tmp_path, monkeypatch, odd):
+    """A new optimizer, the other loss, a warm-up of its own: a share of its steps, or a number of steps."""
     made, losses = [], []
     make, loss_of = srt.make_optimizer, srt.srt_loss
 
@@ -331,36 +259,39 @@ def test_the_second_stage_is_a_run_of_its_own(tiny, tmp_path, monkeypatch):
         made.append(1)
         return make(*args)
 
-    def watched_loss(h_ND, head, micro, n, loss):
-        losses.append(loss)
-        return loss_of(h_ND, head, micro, n, loss)
+    def watched_loss(*args):
+        losses.append(args[-1])
+        return loss_of(*args)
 
     monkeypatch.setattr(srt, "make_optimizer", watched_make)
     monkeypatch.setattr(srt, "srt_loss", watched_loss)
-    (tmp_path / "v.py").write_text("def v(completion, row):\n    return float(len(completion) % 2)\n")
-    flags = f"--loss sequential --stage-two 5 --steps 2 --warmup 2 --verifier {tmp_path}/v.py:v"
-    rows = run_here("srt", tmp_path / "r", tiny, flags)
+    flags = f"--loss sequential --stage-two 5 {odd}"
+    rows = run_here("srt", tmp_path / "r", tiny, f"{flags} --steps 2 --warmup 2")
     assert len(made) == 1 and list(dict.fromkeys(losses)) == ["generation", "revision"]
-    assert [r["train/lr"] for r in rows[1:]] == pytest.approx([5e-4, 1e-3, 5e-4, 1e-3])
-
-
-def test_warmup_is_a_share_of_each_stage_or_a_number_of_steps(tiny, tmp_path):
-    (tmp_path / "v.py").write_text("def v(completion, row):\n    return float(len(completion) % 2)\n")
-    flags = f"--loss sequential --stage-two 5 --steps 5 --verifier {tmp_path}/v.py:v --schedule constant"
-    rows = run_here("srt", tmp_path / "r", tiny, f"{flags} --warmup 0.4")
+    assert [r["train/lr"] for r in rows[1:]] == pytest.approx([5e-4, 1e-3] * 2)
+    rows = run_here("srt", tmp_path / "s", tiny, f"{flags} --steps 5 --warmup 0.4 --schedule constant")
     assert [r["train/lr"] for r in rows[1:]] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3] * 2)
-    rows = run_here("srt", tmp_path / "n", tiny, f"{flags} --warmup 1")
-    assert [r["train/lr"] for r in rows[1:]] == pytest.approx([1e-3] * 10)
+    rows = run_here("srt", tmp_path / "n", tiny, f"{flags} --steps 2 --warmup 1 --schedule constant")
+    assert [r["train/lr"] for r in rows[1:]] == pytest.approx([1e-3] * 4)
 
 
-def test_the_judge_of_the_paper():
+def test_data_sets_and_the_judge_of_the_paper():
     """Section 3.3: the last box, else "the answer is", else the last number; code: the last Python block."""
-    row = srt.competition_row({"problem": "2+3?", "answer": "5"})
-    for text, reward in (("So the answer is 5.", 1), ("5", 1), ("\\boxed{4}, the answer is 5", 0)):
+    row = srt.competition_row({"problem": "1+1?", "answer": "2", "solution": "s"})  # OpenR1-Math, DeepScaleR
+    assert [m["content"] for m in row["prompt"]] == [
+        "You are a helpful assistant that solves math problems step by step.",
+        "1+1?\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    ]
+    for text, reward in (("So the answer is 2.", 1), ("2", 1), ("\\boxed{4}, the answer is 2", 0)):
         assert common.math_answer(text, row)[0] == reward
     case = {"input_format": "n", "prompt": "Print n.", "examples": [{"input": "1", "output": "1"}]}
-    block = common.find_program("```c\nlong long\n```\n```python\n1\n```", srt.competition_row(case)["block"])
-    assert block == "1\n"
+    row = srt.competition_row(case)
+    assert row["prompt"][1]["content"] == "Print n."
+    text = "```c\nlong long\n```\n```python\nprint(input())\n```"
+    assert common.find_program(text, row["block"]) == "print(input())\n" and common.code(text, row)[0] == 1.0
+    tests = json.dumps({"inputs": ["1"], "outputs": ["1"], "testtype": "stdin", "fn_name": None, "time_limit": 6})
+    row = srt.competition_row({"kind": "code", "prompt": "Print n.", "tests": tests})  # LiveCodeBench, SDPO's file
+    assert common.code(text, row)[0] == 1.0
 
 
 def test_evaluation_may_have_a_limit_of_its_own(tiny, tmp_path, monkeypatch):
@@ -375,99 +306,72 @@ def test_evaluation_may_have_a_limit_of_its_own(tiny, tmp_path, monkeypatch):
     assert limits == {common.TRAIN_STREAM: {30}, common.EVAL_STREAM: {40}}
 
 
-def test_resume_within_and_between_stages(tiny, tmp_path, monkeypatch):
+def test_resume_within_and_between_stages(tiny, tmp_path):
     more = "--loss sequential --stage-two 4 --steps 2 --save-every 1"
     whole = run_here("srt", tmp_path / "whole", tiny, more)
-    log = Run.log
-    for last in (1, 2, 3):
-
-        def die(self, step, metrics, last=last):
-            if step > last:
-                raise KeyboardInterrupt
-            log(self, step, metrics)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Run, "log", die)
-            with pytest.raises(KeyboardInterrupt):
-                run_here("srt", tmp_path / f"r{last}", tiny, more)
-        again = run_here("srt", tmp_path / f"r{last}", tiny, more + " --resume")
-
-        def plain(rows):
-            return [{k: v for k, v in r.items() if not k.startswith(("time/", "memory/"))} for r in rows]
-
-        assert plain(again) == plain(whole)
+    for last in (2, 3, 4):
+        with killed_after(last):
+            run_here("srt", tmp_path / f"r{last}", tiny, more)
+        same(run_here("srt", tmp_path / f"r{last}", tiny, more + " --resume"), whole)
 
 
 def test_training_later_or_elsewhere_is_the_same(tiny, tmp_path):
-    """--collect-only then --resume, and --train-only FILE, end where one run ends."""
-    whole = run_here("srt", tmp_path / "whole", tiny)
+    """--collect-only then --resume, and --train-only FILE, end where one run ends, with the same contract."""
+    few = "--questions 10"
+    whole = run_here("srt", tmp_path / "whole", tiny, few)
     with pytest.raises(FileNotFoundError):
-        run_here("srt", tmp_path / "r", tiny, "--collect-only")  # no step was taken, so no metrics
-
-    def losses(rows):
-        return [r["train/loss"] for r in rows if "train/loss" in r]
-
-    assert losses(run_here("srt", tmp_path / "r", tiny, "--resume")) == losses(whole)
-    assert losses(
-        run_here("srt", tmp_path / "t", tiny, f"--train-only {tmp_path}/whole/revisions.jsonl")
-    ) == losses(whole)
+        run_here("srt", tmp_path / "r", tiny, f"{few} --collect-only")  # no step was taken, so no metrics
+    with pytest.raises(InputError, match="already holds a run"):
+        run_here("srt", tmp_path / "r", tiny, few)
+    elsewhere = f"{few} --train-only {tmp_path}/whole/revisions.jsonl"
+    for name, how in (("r", f"{few} --resume"), ("t", elsewhere)):
+        rows = run_here("srt", tmp_path / name, tiny, how)
+        assert [r.get("train/loss") for r in rows] == [r.get("train/loss") for r in whole]
+    texts = {(tmp_path / name / "last" / "srt.json").read_text() for name in ("whole", "r", "t")}
+    [saved] = map(json.loads, texts)
+    assert (saved["right"], saved["wrong"], saved["chat_kwargs"]) == (RIGHT.strip(), WRONG.strip(), {})
+    records = read_jsonl(tmp_path / "whole" / "revisions.jsonl")
+    assert len(saved["questions"]) == len({r["where"] for r in records}) == 10
 
 
 def test_records_of_another_collection_are_refused(tiny, tmp_path):
     """Other phrases, chat arguments or another tokenizer: srt.json would be wrong about the model."""
     run_here("srt", tmp_path / "r", tiny, "--phrases olmo")
-    records = tmp_path / "r" / "revisions.jsonl"
-    assert all(r["reviser"]["wrong"] == "Wrong. I need to redo all." for r in read(records))
-    with pytest.raises(
-        InputError, match="revisions.jsonl:1: collected with .* use the same --phrases and --chat"
-    ):
-        run_here("srt", tmp_path / "t", tiny, f"--train-only {records}")
-    argv = flags_of("srt", tmp_path / "t", tiny, f"--train-only {records} --phrases olmo").split()
-    with pytest.raises(InputError, match="use the same --phrases and --chat-kwargs"):
-        srt.main(parse_args(Args, PRESETS, [*argv, "--chat-kwargs", '{"enable_thinking": false}']))
-    lines = read(records)
+    records, other = tmp_path / "r" / "revisions.jsonl", tmp_path / "other.jsonl"
+    lines = read_jsonl(records)
+    assert all(r["reviser"]["wrong"] == "Wrong. I need to redo all." for r in lines)
     lines[2]["phrase_ids"] = [30, *lines[2]["phrase_ids"]]
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    with pytest.raises(InputError, match="other.jsonl:3: collected with another tokenizer"):
-        run_here("srt", tmp_path / "t", tiny, f"--train-only {tmp_path}/other.jsonl --phrases olmo")
+    other.write_text("".join(json.dumps(r) + "\n" for r in lines))
+
+    def refused(message, source, *more):
+        argv = flags_of("srt", tmp_path / "t", tiny, f"--train-only {source}").split()
+        with pytest.raises(InputError, match=message):
+            srt.main(parse_args(Args, PRESETS, [*argv, *more]))
+
+    refused("revisions.jsonl:1: collected with .* use the same --phrases and --chat", records)
+    thinking = ("--phrases", "olmo", "--chat-kwargs", '{"enable_thinking": false}')
+    refused("use the same --phrases and --chat-kwargs", records, *thinking)
+    refused("other.jsonl:3: collected with another tokenizer", other, "--phrases", "olmo")
     assert len(run_here("srt", tmp_path / "t", tiny, f"--train-only {records} --phrases olmo")) == 4
 
 
-def test_the_contract_travels_with_the_weights(tiny, tmp_path):
-    run_here("srt", tmp_path / "r", tiny, "--questions 10")
-    saved, records = (
-        json.loads((tmp_path / "r" / "last" / "srt.json").read_text()),
-        read(tmp_path / "r" / "revisions.jsonl"),
-    )
-    assert (saved["right"], saved["wrong"], saved["chat_kwargs"]) == (RIGHT.strip(), WRONG.strip(), {})
-    assert len(saved["questions"]) == len({r["where"] for r in records}) == 10
-
-
-def test_rft_learns_its_own_right_answers_and_carries_no_contract(tiny, tmp_path, monkeypatch):
-    (tmp_path / "v.py").write_text("def v(completion, row):\n    return float(len(completion) % 2)\n")
-    pairs, states = [], srt.completion_states
+def test_rft_learns_its_own_right_answers_and_carries_no_contract(tiny, tmp_path, monkeypatch, odd):
+    ys, states = [], srt.completion_states
 
     def watched(model, part):
-        pairs.extend(part)
+        ys.extend(y for _, y in part)
         return states(model, part)
 
     monkeypatch.setattr(srt, "completion_states", watched)
-    run_here(
-        "srt", tmp_path / "r", tiny, f"--method rft --attempts 2 --keep verified --verifier {tmp_path}/v.py:v"
-    )
-    records = read(tmp_path / "r" / "revisions.jsonl")
-    right = {tuple(r["y0_ids"]) for r in records if r["y0_reward"] and r["y0_finished"]}
-    assert (
-        pairs
-        and {tuple(y) for _, y in pairs} <= right
-        and all(y[-1] == TOKENIZER.eos_token_id for _, y in pairs)
-    )
+    run_here("srt", tmp_path / "r", tiny, f"--method rft --attempts 2 --keep verified {odd}")
+    records = read_jsonl(tmp_path / "r" / "revisions.jsonl")
+    right = [r["y0_ids"] for r in records if r["y0_reward"] and r["y0_finished"]]
+    assert ys and all(y in right and y[-1] == TOKENIZER.eos_token_id for y in ys)
     assert len(records) == 48 and not (tmp_path / "r" / "last" / "srt.json").exists()
 
 
-def test_revision_accuracy_by_hand(tiny, tmp_path, monkeypatch):
-    """revise/*: answers of even length are right; a wrong one is corrected when its revision is even."""
-    (tmp_path / "v.py").write_text("def v(completion, row):\n    return float(len(completion) % 2 == 0)\n")
+def test_revision_accuracy_by_hand(tiny, tmp_path, monkeypatch, odd):
+    """revise/*: a wrong answer is corrected when its revision is right."""
     drawn, sample = {}, common.Sampler.__call__
 
     def watched(self, model, prompts, keys, stream, sampling):
@@ -477,135 +381,49 @@ def test_revision_accuracy_by_hand(tiny, tmp_path, monkeypatch):
         return out
 
     monkeypatch.setattr(common.Sampler, "__call__", watched)
-    row = run_here(
-        "srt", tmp_path / "r", tiny, f"--steps 1 --eval-temperature 1 --verifier {tmp_path}/v.py:v"
-    )[-1]
+    row = run_here("srt", tmp_path / "r", tiny, f"--steps 1 --eval-temperature 1 {odd}")[-1]
     (_, first), (prompts, second) = drawn[0], drawn[1]
-
-    def text(y):
-        return TOKENIZER.decode(y.ids, skip_special_tokens=True)
-
-    right, revised = ([len(text(y)) % 2 == 0 for y in part] for part in (first, second))
+    texts = [[TOKENIZER.decode(y.ids, skip_special_tokens=True) for y in part] for part in (first, second)]
+    right, revised = ([len(text) % 2 == 1 for text in part] for part in texts)
+    corrected, kept = (sum(b and a == was for a, b in zip(right, revised, strict=True)) for was in (False, True))
     assert row["revise/first"] == sum(right) / 8 and row["revise/revised"] == sum(revised) / 8
-    assert row["revise/wrong_to_right"] == sum(
-        b and not a for a, b in zip(right, revised, strict=True)
-    ) / max(8 - sum(right), 1)
-    assert row["revise/right_to_right"] == sum(a and b for a, b in zip(right, revised, strict=True)) / max(
-        sum(right), 1
-    )
+    assert row["revise/wrong_to_right"] == corrected / max(8 - sum(right), 1)
+    assert row["revise/right_to_right"] == kept / max(sum(right), 1) and 0 < sum(right) < 8
     assert row["revise/length"] == sum(len(y.ids) for y in second) / 8
     for prompt, y, r in zip(prompts, first, right, strict=True):
         assert TOKENIZER.decode(prompt).endswith(TOKENIZER.decode(y.without_eos()) + (RIGHT if r else WRONG))
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--collect-only --train-only x", "drop one of them"),
-        ("--revisions 0", "expected a number above 0"),
-        ("--train-only {tmp}/none.jsonl", "no such file; it takes a revisions.jsonl"),
-        ("--train-only {tmp}/bad.jsonl", "bad.jsonl:1: missing column .reviser."),
-        ("--keep verified --verifier {tmp}/v.py:never", "no record was kept"),
-    ],
-)
-def test_mistakes_are_one_sentence(flags, message, tiny, tmp_path):
-    (tmp_path / "v.py").write_text("def never(completion, row):\n    return 0.0\n")
+MISTAKES = {
+    "--collect-only --train-only x": "drop one of them",
+    "--train-only {tmp}/none.jsonl": "no such file; it takes a revisions.jsonl",
+    "--train-only {tmp}/bad.jsonl": "bad.jsonl:1: missing column .reviser.",
+    "--keep verified --verifier {tmp}/never.py:never": "no record was kept",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_mistakes_are_one_sentence(flags, tiny, tmp_path):
+    (tmp_path / "never.py").write_text("def never(completion, row):\n    return 0.0\n")
     (tmp_path / "bad.jsonl").write_text('{"prompt_ids": [1], "y0": "2"}\n')
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=MISTAKES[flags]):
         run_here("srt", tmp_path / "r", tiny, flags.format(tmp=tmp_path))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--loss generation",
-        "--loss revision",
-        "--lora-rank 2",
-        "--phrases olmo",
-        "--keep verified --revisions 2 --verifier {tmp}/v.py:v",
-    ],
-)
-def test_every_way_runs(flags, tiny, tmp_path):
-    (tmp_path / "v.py").write_text("def v(completion, row):\n    return float(len(completion) % 2)\n")
-    rows = run_here("srt", tmp_path / "r", tiny, f"--steps 2 {flags}".format(tmp=tmp_path))
+WAYS = ["--loss generation", "--loss revision", "--lora-rank 2", "--phrases olmo", "--keep verified --revisions 2"]
+
+
+@pytest.mark.parametrize("flags", WAYS)
+def test_every_way_runs(flags, tiny, tmp_path, odd):
+    rows = run_here("srt", tmp_path / "r", tiny, f"--steps 2 {odd} {flags}")
     assert all(r["train/loss"] > 0 and r["train/grad_norm"] > 0 for r in rows[1:])
 
 
-def test_rows_of_the_papers_data_sets():
-    raw = {"problem": "1+1?", "answer": "2", "solution": "s"}  # OpenR1-Math, DeepScaleR
-    assert [m["content"] for m in srt.competition_row(raw)["prompt"]] == [
-        "You are a helpful assistant that solves math problems step by step.",
-        "1+1?\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+def test_the_limit_and_the_phrases_are_the_papers():
+    """Appendix C and the authors' code; tests/test_settings.py has the presets."""
+    assert {parse_args(Args, PRESETS, ["--preset", name]).max_tokens for name in ("math", "code")} == {32768}
+    assert [common.PHRASES[name][1] for name in ("paper", "qwen", "olmo")] == [
+        "Wait, this response is not correct, let me start over.",
+        "Wait, this response is wrong. Let me correct it.",
+        "Wrong. I need to redo all.",
     ]
-    code = srt.competition_row(
-        {"input_format": "n", "prompt": "Print n.", "examples": [{"input": "1", "output": "1"}]}
-    )
-    assert (
-        code["prompt"][1]["content"] == "Print n."
-        and common.code("```python\nprint(input())\n```", code)[0] == 1.0
-    )
-    tests = json.dumps({"inputs": ["1"], "outputs": ["1"], "testtype": "stdin", "fn_name": None, "time_limit": 6})
-    code = srt.competition_row({"kind": "code", "prompt": "Print n.", "tests": tests})  # LiveCodeBench, SDPO's file
-    assert common.code("```python\nprint(input())\n```", code)[0] == 1.0
-
-
-def test_presets_are_the_papers():
-    """Appendix C; the authors' code where the paper prints nothing."""
-    for name in ("math", "code"):
-        a = parse_args(Args, PRESETS, ["--preset", name])
-        assert (a.model, a.attempts, a.revisions, a.questions, a.target, a.revise_right) == (
-            "Qwen/Qwen3-4B-Instruct-2507",
-            1,
-            3,
-            10000,
-            6000,
-            True,
-        )
-        assert (a.lr, a.epochs, a.schedule, a.weight_decay, a.adam_betas, a.prompts_per_step, a.loss) == (
-            5e-6,
-            2.0,
-            "cosine",
-            1e-4,
-            (0.9, 0.95),
-            4,
-            "joint",
-        )
-        assert (a.temperature, a.max_completion_tokens, a.max_tokens, a.phrases, a.eval_samples) == (
-            0.7,
-            16384,
-            32768,
-            "paper",
-            8,
-        )
-        assert (a.warmup, a.eval_max_tokens) == (0.05, 32768)
-    a = parse_args(Args, PRESETS, ["--preset", "math-sequential"])
-    assert (a.loss, a.epochs, a.warmup, a.stage_two, a.revise_right) == ("sequential", 3.0, 0.05, 1000, False)
-    assert (a.attempts, a.revisions, a.temperature, a.phrases, a.target) == (3, 3, 1.0, "qwen", 6000)
-    assert common.PHRASES["paper"][1] == "Wait, this response is not correct, let me start over."
-    assert (
-        common.PHRASES["qwen"][1] == "Wait, this response is wrong. Let me correct it."
-        and common.PHRASES["olmo"][1] == "Wrong. I need to redo all."
-    )
-
-
-def test_why_not_is_decided_in_one_place():
-    base = {
-        "prompt_ids": [1],
-        "y0_ids": [1],
-        "phrase_ids": [1],
-        "y1_ids": [1],
-        "y0_reward": 0.0,
-        "y1_reward": 1.0,
-        "y1_finished": True,
-        "revision": 0,
-        "where": "d:1",
-        "y0": "a",
-        "y1": "b",
-    }
-    assert (
-        why_not(base, set(), Args()) == "" and why_not({**base, "y1_reward": 0.4}, set(), Args()) == "wrong"
-    )
-    assert (
-        why_not(base, {("d:1", "a", "b")}, Args()) == "duplicate"
-        and why_not(base, set(), Args(max_tokens=3)) == "4 tokens"
-    )
