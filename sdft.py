@@ -395,7 +395,7 @@ def main(args: Args) -> None:
                 words = [row["completion_ids"] for row in rows]
                 answers = [Rollout(ids, [0.0] * len(ids), True) for ids in words]
 
-        # 2. Show the teacher the demonstration: its context c stands where the student's prompt stood.
+        # 2. Show the teacher the demonstration: c is in its prompt. The first tokens of y carry no loss.
         skip = args.skip_tokens if teacher else 0
         samples = []
         for row, y in zip(rows, answers, strict=True):
