@@ -1294,7 +1294,7 @@ class RunArgs:
     tokens_per_batch: int = 16384
     """Micro-batch of one process, in tokens read, with padding. Affects memory and speed only."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What draws completions; vllm, in this process, draws other ones from the same distribution."""
+    """What draws completions. vllm runs in this process; other samples from the same distribution."""
     engine_cache_gib: float = 8.0
     """vllm: GiB of KV cache per process."""
     engine_tensor_parallel: int = 1
@@ -1304,7 +1304,7 @@ class RunArgs:
     activation_checkpointing: bool = False
     """Keep only the layers' inputs for the backward pass: a third more time, a fraction of the memory."""
     unsafe_code: bool = False
-    """Run generated programs without bubblewrap, with limits alone: they can read and delete your files."""
+    """Run generated programs without bubblewrap: they can read and delete your files."""
     save_every: int = 100
     """Steps between checkpoints; the last two are kept."""
     out: str = ""

@@ -100,7 +100,7 @@ class PaperArgs:
     skip_tokens: int = 3
     """Leading tokens of y without loss, so that no "Based on the example" is learnt (section 5)."""
     entropy_quantile: float = 0.0
-    """Share of loss tokens, those of highest student entropy, that carry loss; 0 is all. Costs a forward."""
+    """Train only on the share of tokens with the highest student entropy; 0 is all. Costs a forward pass."""
     is_cap: float = 2.0
     """Cap of the importance ratio student/sampler per token, averaged over y to one weight; 0: no ratio."""
     teacher: str = "ema"
@@ -395,7 +395,7 @@ def main(args: Args) -> None:
                 words = [row["completion_ids"] for row in rows]
                 answers = [Rollout(ids, [0.0] * len(ids), True) for ids in words]
 
-        # 2. Show the teacher the demonstration: its context c stands where the student's prompt stood.
+        # 2. Show the teacher the demonstration: c is in its prompt. The first tokens of y carry no loss.
         skip = args.skip_tokens if teacher else 0
         samples = []
         for row, y in zip(rows, answers, strict=True):

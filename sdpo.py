@@ -118,7 +118,7 @@ class PaperArgs:
     advantage_clip: float = 0.0
     """reverse_kl: clamp of the log-ratio student/teacher, the paper's advantage; 0 is none (table 12: 5)."""
     entropy_quantile: float = 0.0
-    """Train only on this share of tokens, those of highest student entropy; 0 is all. Costs a forward."""
+    """Train only on the share of tokens with the highest student entropy; 0 is all. Costs a forward pass."""
     average: Literal["sequence", "token"] = "sequence"
     """Both losses: sequence = mean over attempts of token means (code), token = mean over tokens (paper)."""
     is_cap: float = 2.0

@@ -69,4 +69,4 @@ def test_the_tables_of_the_laptop_world_are_those_of_the_record(name, monkeypatc
 def test_the_count_of_verdicts():
     count = lambda word: sum(line.endswith(f"| {word} |") for line in claims.verdicts().splitlines())
     shows, not_shown, opposite = map(count, ("shows", "**does not show**", "**the opposite shows**"))
-    assert f"Of {shows + not_shown + opposite} claims that it can speak to {shows} show, {not_shown} do not, and of {opposite} the opposite does." in " ".join(TEXT.split())
+    assert f"Of the {shows + not_shown + opposite} claims that can be tested there, {shows} show, {not_shown} do not, and for {opposite} the opposite shows." in " ".join(TEXT.split())
