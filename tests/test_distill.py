@@ -139,11 +139,11 @@ def test_steps_take_the_students_answers_or_the_fixed_ones(tiny, tmp_path, monke
 
 
 def test_the_teachers_outputs_come_from_a_stream_of_their_own(tiny, tmp_path, drawn, learnt):
-    """At every step, in later epochs and after a resume, a row has the one answer that the teacher gave it."""
-    flags = "--lmbda 0 --outputs teacher --steps 6 --save-every 2 --eval-every 99 --sample-batch 5"
+    """At every step, twice in a step and after a resume, a row has the one answer that the teacher gave it."""
+    flags = "--lmbda 0 --outputs teacher --prompts-per-step 32 --steps 4 --save-every 2 --sample-batch 5"
     whole = run_here("distill", tmp_path / "whole", tiny, flags)
     written = [(row, tuple(y)) for stream, _, row, _, y in drawn if stream == distill.OUTPUT_STREAM]
-    assert len(written) == len(learnt) == 48 and len(set(written)) == len({row for row, _ in written}) == 24
+    assert len(written) == len(learnt) == 128 and len(set(written)) == len({row for row, _ in written}) == 24
     assert sorted(y for _, y in written) == sorted(tuple(s.y) for s, _ in learnt)
     with killed_after(3):
         run_here("distill", tmp_path / "cut", tiny, flags)

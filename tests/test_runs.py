@@ -54,9 +54,9 @@ def test_micro_batches_do_not_change_the_numbers(script, tiny, tmp_path, judge, 
         return step(run, lr)
 
     monkeypatch.setattr(f"{script}.optimizer_step", watched)
-    more = f"--mini-batch 4 {judge(JUDGE)}" if script == "sdpo" else ""
-    if script == "distill":
-        more = "--mini-batch 4 --lmbda 0.5 --outputs teacher --rollouts 2"
+    more = {"sdpo": f"--mini-batch 4 {judge(JUDGE)}", "srt": "--loss joint"}
+    more["distill"] = "--mini-batch 4 --lmbda 0.5 --outputs teacher --rollouts 2"
+    more = more.get(script, "")
     one = run_here(script, tmp_path / "1", tiny, more)
     assert one[1]["rollout/length"] > 3 and one[1]["train/grad_norm"] > 0
     splits = {"split": "--tokens-per-batch 8 --sample-batch 3"}

@@ -164,23 +164,19 @@ PAIRS = [([1, 2, 3], [4, 5, 6, EOS]), ([7], [8, EOS]), ([9, 10], [11]), ([12] * 
 # ---- Good answers
 
 
-def test_targets_are_the_servers_log_probs(server):
-    for (x, y), top in zip(PAIRS, client(server).ask(PAIRS), strict=True):
+@pytest.mark.parametrize("how, k", [({}, K), ({"support": "sampled"}, 0), ({"objective": "policy_gradient"}, 0)])
+def test_targets_are_the_servers_log_probs(how, k, server):
+    """Its top k if the loss reads one, and those of the sent tokens."""
+    for (x, y), top in zip(PAIRS, client(server, **how).ask(PAIRS), strict=True):
         log_p = bigram((x + y)[len(x) - 1 : -1])
-        values, ids = log_p.topk(K)
+        values, ids = log_p.topk(k)
         expected = torch.full_like(log_p, -1.0).scatter(1, ids, values)
         found = torch.full_like(log_p, -1.0).scatter(1, top.ids_NK, top.logps_NK)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(top.logp_N, log_p.gather(1, torch.tensor(y)[:, None])[:, 0])
-        assert top.ids_NK.dtype == torch.long and top.logps_NK.dtype == top.logp_N.dtype == torch.float32
-
-
-@pytest.mark.parametrize("how", [{"support": "sampled"}, {"objective": "policy_gradient"}])
-def test_without_a_top_k_only_the_sent_tokens_are_asked_for(how, server):
-    tops = client(server, **how).ask(PAIRS)
-    assert [top.ids_NK.shape for top in tops] == [(len(y), 0) for _, y in PAIRS]
-    torch.testing.assert_close(tops[1].logp_N, torch.stack([bigram([7])[0, 8], bigram([8])[0, EOS]]))
-    assert {body["prompt_logprobs"] for body in server.bodies} == {0}
+        assert top.ids_NK.shape == (len(y), k) and top.ids_NK.dtype == torch.long
+        assert top.logps_NK.dtype == top.logp_N.dtype == torch.float32
+    assert {body["prompt_logprobs"] for body in server.bodies} == {k}
 
 
 def test_what_the_server_is_sent(server, monkeypatch):
@@ -197,14 +193,12 @@ def test_what_the_server_is_sent(server, monkeypatch):
 def test_a_probability_of_one_may_be_rounded_up(server):
     def trouble(number, handler, reply):
         for entry in reply["choices"][0]["prompt_logprobs"][1:]:
-            values = iter([5e-4] + [-30.0] * K)
-            ranked = sorted(entry.values(), key=lambda e: -e["logprob"])
-            for e in ranked:
-                e["logprob"] = next(values)
+            top = max(e["logprob"] for e in entry.values())
+            for e in entry.values():
+                e["logprob"] = 5e-4 if e["logprob"] == top else -30.0
 
     server.trouble = trouble
-    likeliest = bigram([1])[0].argmax().item()
-    [top] = client(server).ask([([1], [likeliest])])
+    [top] = client(server).ask([([1], [bigram([1])[0].argmax().item()])])
     assert top.logps_NK.max() == 0 and top.logp_N.item() == 0
 
 
@@ -346,24 +340,25 @@ def whole(reply):
     return json.dumps(reply).encode()
 
 
-NEVER_AGAIN = {
+ENDS = {
     "html": (200, lambda reply: b"<html>busy</html>", "TypeError.*<html>busy"),
     "cut json": (200, lambda reply: whole(reply)[:-9], "JSONDecodeError"),
     "400": (400, lambda reply: b"no such thing", "BadRequestError: .*no such thing"),
     "304": (304, lambda reply: b"", "APIStatusError: .*304"),
     "list": (200, lambda reply: b"[]", "TypeError"),
     "no choices": (200, lambda reply: b'{"choices": []}', "IndexError"),
+    "429": (429, lambda reply: b"later", "^no usable answer from the teacher at http.*, /completions: .*later"),
 }
 
 
-@pytest.mark.parametrize("what", NEVER_AGAIN)
-def test_answers_that_are_not_tried_again(what, server):
-    status, text, message = NEVER_AGAIN[what]
+@pytest.mark.parametrize("what", ENDS)
+def test_answers_that_are_not_tried_again_and_retries_that_end(what, server):
+    status, text, message = ENDS[what]
     kind = "text/html" if what == "html" else "application/json"
     server.trouble = lambda number, handler, reply: handler.send(status, text(reply), kind=kind) or True
     with pytest.raises(ConnectionError, match=message):
         client(server).ask(PAIRS[:1])
-    assert server.asked == 1
+    assert server.asked == (1 + module.RETRIES if what == "429" else 1)
 
 
 @pytest.mark.parametrize("what", ["408", "409", "429", "500", "503", "broken body", "hang up", "silence"])
@@ -391,15 +386,6 @@ def test_passing_trouble_is_tried_again(what, server, monkeypatch):
     for a, b in zip(client(server).ask(PAIRS), calm, strict=True):
         assert all(map(torch.equal, a, b))
     assert sorted(tries) == [1, 2] and server.asked == len(PAIRS) + 2
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_retries_end(status, server):
-    server.trouble = lambda number, handler, reply: handler.send(status, b"later") or True
-    told = f"no usable answer from the teacher at {server.url}, /completions: .*later"
-    with pytest.raises(ConnectionError, match=told):
-        client(server).ask(PAIRS[:1])
-    assert server.asked == 1 + module.RETRIES
 
 
 def test_an_answer_that_trickles_in_forever_ends(server, monkeypatch):
