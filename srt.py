@@ -300,9 +300,8 @@ def collect(run: Any, sampler: Any, student: Any, asked: list, reviser: Reviser)
     for first in range(0, len(asked), per_batch):
         part, file = asked[first : first + per_batch], folder / f"{first:08d}.jsonl"
         if not file.exists():
-            made = run.gather(attempts_and_revisions(run, sampler, student, run.share(part), reviser))
-            keys = [row["rollout_key"] for row in part]
-            write_whole(run, file, [r for key in keys for r in made if (r["id"], r["attempt"]) == key])
+            made = attempts_and_revisions(run, sampler, student, run.share(part), reviser)
+            write_whole(run, file, run.gather(made))
             run.say(f"collected {first + len(part)} of {len(asked)} attempts")
         for record in read_jsonl(file):
             record["dropped"] = why_not(record, seen, args)
