@@ -77,7 +77,11 @@ MULTI_TURN = f"{HARD} --search multi_turn --rollouts 1 --steps 256 --max-teacher
 # The pretrained model of tests/smol.py.
 SMOL_SDFT, SMOL_SDPO, SMOL_SRT = (f"{script}.py --preset smol --seed {{seed}}" for script in ("sdft", "sdpo", "srt"))
 SMOL_GRPO = f"{SMOL_SDPO} --policy-weight 1"
-SMOL_COLUMNS = ["start", "new skill", "prior"]
+SMOL_DISTILL = "distill.py --preset smol --seed {seed} --eval-every 2"
+SMOL_COLUMNS, SMOL_RL = ["start", "new skill", "prior"], "--lr {1e-5|3e-5|6e-5}"
+SMOL_TEACHER = f"{SMOL_GRPO} --eval-every 2 --lr 3e-5"
+# The paper's, sdpo.REPROMPT.
+TEXT = "{{prompt}}{{solution}}{{feedback}}\n\nCorrectly solve the original question."
 
 CLAIMS: dict[str, Claim] = {
     "sdft-vs-sft": Claim(SDFT, {
@@ -146,11 +150,25 @@ CLAIMS: dict[str, Claim] = {
         "SDPO": f"{HARD} --max-teacher-tokens 128 --lr 1e-4",
         "best of k": f"{HARD} --search best_of_k",
         "multi-turn": MULTI_TURN}, HARDEST),
-    "smol-sdft": Claim(SMOL_COLUMNS, {"SDFT, turns": SMOL_SDFT}, SMOL),
-    "smol-sdpo-vs-grpo": Claim(SMOL_COLUMNS, {"SDPO, turns": SMOL_SDPO, "GRPO": SMOL_GRPO}, SMOL),
-    "smol-distill-vs-grpo": Claim(SMOL_COLUMNS, {
-        "GRPO, 512 attempts": SMOL_GRPO,
-        "distilled from that model, 320 answers": f"distill.py --preset smol --seed {{seed}} --teacher [[{SMOL_GRPO}]]/last"}, SMOL),
+    "smol-sdft-vs-sft": Claim([*SMOL_COLUMNS, "prior at .8", "attempts to .8", "seconds"], {
+        "SDFT": f"{SMOL_SDFT} --eval-every 4",
+        "SFT on the demonstrations": f"{SMOL_SDFT} --eval-every 4 --method sft --lr {{1e-5|2e-5}}"}, SMOL),
+    "smol-sdft-teachers": Claim(SMOL_COLUMNS, {
+        f"{teacher} teacher": f"{SMOL_SDFT} --eval-every 4" + f" --teacher {teacher}" * (teacher != "ema") for teacher in TEACHERS[:3]}, SMOL),
+    "smol-sdpo-vs-grpo": Claim([*SMOL_COLUMNS, "attempts to .5", "attempts to .6", "seconds"], {
+        "SDPO": f"{SMOL_SDPO} --eval-every 2 {SMOL_RL}",
+        "GRPO": f"{SMOL_GRPO} --eval-every 2 {SMOL_RL}",
+        "0.9 GRPO + 0.1 SDPO": f"{SMOL_SDPO} --eval-every 2 --policy-weight 0.9 {SMOL_RL}",
+        "SDPO, the paper's template": f"{SMOL_SDPO} --eval-every 2 --template '{TEXT}' --lr {{1e-5|3e-5}}"}, SMOL),
+    "smol-srt-sdzero": Claim([*SMOL_COLUMNS, "wrong to right, before", "wrong to right", "rollouts", "seconds"], {
+        "SRT": SMOL_SRT,
+        "SRT, then SD-Zero": f"sdzero.py --preset smol --seed {{seed}} --model [[{SMOL_SRT}]]/last",
+        "SD-Zero without SRT": f"sdzero.py --preset smol --seed {{seed}} --model smol:model --phrases qwen",
+        "RFT": f"{SMOL_SRT} --method rft --attempts 12"}, SMOL),
+    "smol-distill-vs-grpo": Claim([*SMOL_COLUMNS, "attempts to .5", "attempts to .6", "seconds"], {
+        "GRPO": SMOL_TEACHER,
+        "distilled from that model": f"{SMOL_DISTILL} --teacher [[{SMOL_TEACHER}]]/last",
+        "distilled from its outputs": f"{SMOL_DISTILL} --lmbda 0 --outputs teacher --teacher [[{SMOL_TEACHER}]]/last"}, SMOL),
 }
 
 
@@ -237,7 +255,7 @@ def run(command: str) -> Path:
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr[-2000:])
-        needed = script == "srt.py" or command in (SMOL_GRPO.format(**place) for place in SMOL)
+        needed = script == "srt.py" or command in (SMOL_TEACHER.format(**place) for place in SMOL)
         for name in ["checkpoints", "best"] + ["last"] * (not needed):   # last/ is the model of sdzero, or the teacher of distill
             shutil.rmtree(out / name, ignore_errors=True)
         (out / "done").write_text(command)
@@ -280,6 +298,14 @@ def attempts_to(points: list[tuple[int, float]], level: float, per_step: int) ->
     return 0 if points[0][1] >= level else per_step * points[-1][0]
 
 
+def at_level(points: list[tuple[int, float]], others: list[tuple[int, float]], level: float) -> list[float]:
+    """What another curve is where this one first reaches `level`, on straight lines between evaluations; empty when it never does."""
+    for (_, low), (_, high), (_, before), (_, after) in zip(points, points[1:], others, others[1:]):
+        if low < level <= high:
+            return [before + (level - low) / (high - low) * (after - before)]
+    return []
+
+
 def measure(result: Result) -> dict[str, float]:
     """Everything that a column of any table may show of a run."""
     first, last, per_step = result.metrics[0], result.metrics[-1], result.args["prompts_per_step"] * result.args.get("rollouts", 1)
@@ -291,7 +317,10 @@ def measure(result: Result) -> dict[str, float]:
     found = {"lr": result.args["lr"], "GiB": last["memory/peak_gib"], "start": values[0], "new skill": values[-1], "mean": statistics.mean(values),
              "tokens": sum(row.get("train/tokens", 0) for row in result.metrics),
              "seconds": sum(v for row in result.metrics + result.phase_one for k, v in row.items() if re.match("time/(generate|teacher|student|optim)$", k))}
-    for level in (0.8, 0.9, 0.95):
+    own = sum(row.get("collect/rollouts", 0) for row in result.metrics)
+    found["rollouts"] = phase_one + (own or per_step * last["step"])
+    found |= {"prior at .8": value for value in at_level(points, curve(result, "eval/prior-eval"), 0.8)}
+    for level in (0.5, 0.6, 0.8, 0.9, 0.95):
         found[f"attempts to {level:g}".replace("0.", ".")] = attempts_to(points, level, per_step)
         found[f"with phase 1 to {level:g}".replace("0.", ".")] = phase_one + attempts_to(points, level, per_step)
     found |= {f"at {step * per_step}": value for step, value in points if step * per_step in (256, 512, 1024)}
