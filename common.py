@@ -114,7 +114,7 @@ class Sampler:
         options = dict(desc="answers", leave=False, delay=2, disable=not self.run.main)
         bar = tqdm(total=len(prompts), **options)  # shown after two seconds, gone when done
         # No backward pass could use what FSDP gathers under inference mode.
-        with torch.inference_mode(not is_sharded(model)), torch.no_grad(), gathered(model), bar:
+        with torch.no_grad(), precision_of(model), gathered(model), bar:
             for first in range(0, len(order), self.args.sample_batch):
                 part = order[first : first + self.args.sample_batch]
                 noise = [uniforms((self.args.seed, *stream, *keys[i]), how.max_tokens) for i in part]
@@ -199,7 +199,7 @@ def draw(z_BV: Tensor, noise_B: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
         beyond = p_BV.cumsum(-1) - p_BV >= how.top_p  # the mass before this token already suffices
         z_BV = z_BV.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     logp_BV = z_BV.log_softmax(-1)
-    cdf_BV = logp_BV.double().exp().cumsum(-1)
+    cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
     token_B = torch.searchsorted(cdf_BV, noise_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
     token_B = token_B.clamp(max=z_BV.shape[1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
@@ -348,12 +348,12 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # [V]
     scale: float = 1.0  # Granite: 1 / logits_scaling; Cohere: logit_scale
     softcap: float = 0.0  # Gemma 2: final_logit_softcapping; 0 is none
-    bf16: bool = False  # on CUDA, multiply in bf16; sums stay in float32
+    bf16: bool = False  # may multiply in bf16; sums stay in float32
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """All of [N, V], differentiable, in float32 (float64 if an input is), whatever the weights' dtype."""
         dtype = self.product_dtype(h_ND)
-        return self.finish(_Product.apply(h_ND.to(dtype), self.weight.to(dtype)))
+        return self.finish(_Product.apply(h_ND.to(dtype), self.weight.to(dtype), self.bf16))
 
     def finish(self, a: Tensor) -> Tensor:
         """Logits from the product a = h W^T."""
@@ -368,7 +368,7 @@ class Head(NamedTuple):
         return self.scale * (1 - (z / self.softcap) ** 2) if self.softcap else self.scale
 
     def product_dtype(self, h: Tensor) -> torch.dtype:
-        """Only CUDA multiplies bf16 and sums in float32; elsewhere a half-precision head is converted."""
+        """Only CUDA multiplies bf16 tensors and sums in float32; elsewhere half precision is converted."""
         if h.is_cuda and (self.bf16 or h.dtype == self.weight.dtype):
             return torch.bfloat16 if self.bf16 else h.dtype
         return torch.promote_types(torch.promote_types(h.dtype, self.weight.dtype), torch.float32)
@@ -494,7 +494,7 @@ class _DistillLoss(torch.autograd.Function):
             at, found_here = active[start : start + chunk], found[:, start : start + chunk]
             hs, products = [h[at].to(side.weight.dtype) for h, side in sides], []
             for h, (_, side), buffer in zip(hs, sides, buffers, strict=True):
-                products.append(_matmul(h, side.weight.t(), out=buffer[: len(at)]))
+                products.append(_matmul(h, side.weight.t(), side.bf16, out=buffer[: len(at)]))
             for i in range(0, len(at), rows):
                 block = slice(i, i + rows)
                 z, *ts = [side.finish(a[block]) for (_, side), a in zip(sides, products, strict=True)]
@@ -503,9 +503,9 @@ class _DistillLoss(torch.autograd.Function):
                 found_here[:, block] = torch.stack(values)
             g = products[0].to(W.dtype)
             if need_h:
-                d_h[at] = _matmul(g, W).to(d_h.dtype)
+                d_h[at] = _matmul(g, W, head.bf16).to(d_h.dtype)
             if need_w:
-                _matmul(g.t(), hs[0], add_to=d_w)
+                _matmul(g.t(), hs[0], head.bf16, add_to=d_w)
             if need_b:
                 d_b += products[0].sum(0)
 
@@ -636,25 +636,36 @@ class _Product(torch.autograd.Function):
     """h W^T and its gradients, summed in float32 or better."""
 
     @staticmethod
-    def forward(ctx, h, weight):
+    def forward(ctx, h, weight, bf16):
         ctx.save_for_backward(h, weight)
-        return _matmul(h, weight.t())
+        ctx.bf16 = bf16
+        return _matmul(h, weight.t(), bf16)
 
     @staticmethod
     def backward(ctx, d_z):
         h, weight = ctx.saved_tensors
-        g, (need_h, need_w) = d_z.to(weight.dtype), ctx.needs_input_grad
-        d_w = _matmul(g.t(), h).to(weight.dtype) if need_w else None
-        return _matmul(g, weight).to(h.dtype) if need_h else None, d_w
+        g, (need_h, need_w, _) = d_z.to(weight.dtype), ctx.needs_input_grad
+        d_w = _matmul(g.t(), h, ctx.bf16).to(weight.dtype) if need_w else None
+        return _matmul(g, weight, ctx.bf16).to(h.dtype) if need_h else None, d_w, None
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
-    """a @ b in float32 or better, into `out` or added to `add_to`. Autocast is off: it would round it."""
+def _matmul(
+    a: Tensor, b: Tensor, bf16: bool, out: Tensor | None = None, add_to: Tensor | None = None
+) -> Tensor:
+    """a @ b summed in float32 or better, into `out` or added to `add_to`. Autocast would round the result.
+
+    With `bf16` a CPU may round float32 factors to bf16, for which torch uses oneDNN: twice as fast.
+    """
     kept = {} if a.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
+    on_cpu = torch.backends.mkldnn.matmul
+    before, on_cpu.fp32_precision = on_cpu.fp32_precision, "bf16" if bf16 else "ieee"
     with torch.autocast(a.device.type, enabled=False):
         if add_to is not None:
-            return torch.addmm(add_to, a, b, out=add_to, **kept)
-        return torch.mm(a, b, out=out, **kept)
+            product = torch.addmm(add_to, a, b, out=add_to, **kept)
+        else:
+            product = torch.mm(a, b, out=out, **kept)
+    on_cpu.fp32_precision = before
+    return product
 
 
 def _log_softmax(z: Tensor) -> Tensor:
@@ -678,8 +689,13 @@ def head_of(model: nn.Module) -> Head:
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Last hidden states [B, L, D]: every forward pass of student and teacher."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.computes_in_bf16):
+    with precision_of(model):
         return model.read(**inputs)
+
+
+def precision_of(model: nn.Module) -> torch.autocast:
+    """bf16 where --dtype says so. Weights are cast once in the outermost of nested ones."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.computes_in_bf16)
 
 
 def read_states(base_model: nn.Module, cache_name: str, cache: Any = None, **inputs: Any) -> Tensor | None:

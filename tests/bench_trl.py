@@ -29,6 +29,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -192,6 +193,7 @@ def run_ours(case: Case, folder: Path, steps: int, tokens: int) -> dict:
         log(run, *args)
         marks.end()
     common.Run.log = log_and_mark
+    shutil.rmtree(folder / "out", ignore_errors=True)        # of the repeat before
     script.main(common.parse_args(script.Args, script.PRESETS, our_flags(case, folder, steps, tokens)))
     rows = common.read_jsonl(folder / "out" / "metrics.jsonl")[2:]
     return marks.answer({name: sum(row[f"time/{name}"] for row in rows) for name in PHASES[:3]}, [int(row["train/tokens"]) for row in rows])

@@ -913,3 +913,36 @@ def test_what_a_top_k_cannot_give_is_refused(support):
         InputError, match=f"--support {support}: a served teacher has teacher_topk and sampled"
     ):
         loss_of(h, head, topk_of(torch.randn(N, V), y), y, weight, topk=K, support=support)
+
+
+class Precisions(TorchDispatchMode):
+    """What torch is told of the float32 products on CPU while they run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_only_a_bf16_head_may_multiply_bf16_on_cpu(bf16):
+    """Whatever torch is told elsewhere; sums are of float32 in both cases."""
+    matmul, g = torch.backends.mkldnn.matmul, torch.Generator().manual_seed(0)
+    h, W = torch.randn(64, 256, generator=g, requires_grad=True), torch.randn(512, 256, generator=g, requires_grad=True)
+    head, y_N, weight_N, precisions = Head(W, bf16=bf16), torch.zeros(64, dtype=torch.long), torch.ones(64), Precisions()
+    exact = h.detach().double() @ W.detach().double().t()
+    told = "ieee" if bf16 else "bf16"
+    matmul.fp32_precision = told
+    try:
+        with precisions:
+            z = head.logits(h)
+            (z.sum() + distill_loss(h, head, [(1.0, h.detach(), head)], y_N, weight_N, Objective())[0]).backward()
+        assert precisions.seen == ["bf16" if bf16 else "ieee"] * 7
+        assert matmul.fp32_precision == told
+    finally:
+        matmul.fp32_precision = "none"
+    assert (z - exact).abs().max() < (1.0 if bf16 else 1e-3)
