@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 ROOT = Path(__file__).parent.parent
 OUT, RECORD = ROOT / "runs" / "claims", ROOT / "tests" / "claims.jsonl"
 ONCE = [dict(base=base, seed=base) for base in range(3)]     # base model and seed
@@ -150,7 +151,7 @@ CLAIMS: dict[str, Claim] = {
         "SDPO": f"{HARD} --max-teacher-tokens 128 --lr 1e-4",
         "best of k": f"{HARD} --search best_of_k",
         "multi-turn": MULTI_TURN}, HARDEST),
-    "smol-sdft-vs-sft": Claim([*SMOL_COLUMNS, "prior at .8", "attempts to .8", "seconds"], {
+    "smol-sdft-vs-sft": Claim([*SMOL_COLUMNS, "prior at .8", "own answers", "attempts to .8", "seconds"], {
         "SDFT": f"{SMOL_SDFT} --eval-every 4",
         "SFT on the demonstrations": f"{SMOL_SDFT} --eval-every 4 --method sft --lr {{1e-5|2e-5}}"}, SMOL),
     "smol-sdft-teachers": Claim(SMOL_COLUMNS, {
@@ -255,7 +256,7 @@ def run(command: str) -> Path:
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr[-2000:])
-        needed = script == "srt.py" or command in (SMOL_TEACHER.format(**place) for place in SMOL)
+        needed = script == "srt.py" or command.startswith("sdft.py --preset smol") or command in (SMOL_TEACHER.format(**place) for place in SMOL)
         for name in ["checkpoints", "best"] + ["last"] * (not needed):   # last/ is the model of sdzero, or the teacher of distill
             shutil.rmtree(out / name, ignore_errors=True)
         (out / "done").write_text(command)
@@ -279,6 +280,8 @@ def at(command: str, **place: int) -> dict[str, float]:
         read = lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         config = json.loads((out / "config.json").read_text())
         found = measure(Result(read(out), config["args"], read(before[0]) if before else []))
+        if command.startswith("sdft.py --preset smol"):
+            found["own answers"] = likelihood(out / "last")
         record()[command] = {"command": command, "commit": config["commit"], **{k: float(f"{v:.4g}") for k, v in found.items()}}
         with open(RECORD, "a") as file:
             file.write(json.dumps(record()[command]) + "\n")
@@ -333,6 +336,31 @@ def measure(result: Result) -> dict[str, float]:
         found |= {column: statistics.mean(row[key] for row in result.metrics[1:])} if key in last else {}
     seen = [row["teacher/accuracy"] for row in result.metrics if "teacher/accuracy" in row]
     return found | ({"teacher at first": seen[0], "teacher at last": seen[-1]} if seen else {})
+
+
+@functools.cache
+def own_answers() -> tuple:
+    """The run, and (prompt, answer) token ids: what the pretrained model itself answers the prior questions, greedily."""
+    import common
+    import sdft
+    args = common.parse_args(sdft.Args, sdft.PRESETS, ["--preset", "smol"])
+    run = common.Run(args, common.load_tokenizer(args.model))
+    prompts = [row["prompt_ids"] for row in common.load_evals(args, sdft.to_row, run.tokenizer)["prior-eval"]]
+    model = common.load_model(args.model, run)
+    greedy = common.Sampling(args.max_completion_tokens, temperature=0)
+    answers = common.Sampler(run, model)(model, prompts, [(i, 0) for i in range(len(prompts))], (0,), greedy)
+    return run, [(prompt, y.ids) for prompt, y in zip(prompts, answers)]
+
+
+def likelihood(folder: Path | str) -> float:
+    """Mean log-prob of a token of those answers under the model of a folder: what it forgets, in nats."""
+    import common
+    import torch
+    run, pairs = own_answers()
+    model = common.load_model(str(folder), run)
+    with torch.no_grad():
+        logps, _ = common.token_logps(common.completion_states(model, pairs), common.head_of(model), torch.tensor([i for _, y in pairs for i in y]))
+    return logps.mean().item()
 
 
 def tune(command: str) -> str:
