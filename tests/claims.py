@@ -81,8 +81,6 @@ SMOL_GRPO = f"{SMOL_SDPO} --policy-weight 1"
 SMOL_DISTILL = "distill.py --preset smol --seed {seed} --eval-every 2"
 SMOL_COLUMNS, SMOL_RL = ["start", "new skill", "prior"], "--lr {1e-5|3e-5|6e-5}"
 SMOL_TEACHER = f"{SMOL_GRPO} --eval-every 2 --lr 3e-5"
-# The paper's, sdpo.REPROMPT.
-TEXT = "{{prompt}}{{solution}}{{feedback}}\n\nCorrectly solve the original question."
 
 CLAIMS: dict[str, Claim] = {
     "sdft-vs-sft": Claim(SDFT, {
@@ -151,18 +149,13 @@ CLAIMS: dict[str, Claim] = {
         "SDPO": f"{HARD} --max-teacher-tokens 128 --lr 1e-4",
         "best of k": f"{HARD} --search best_of_k",
         "multi-turn": MULTI_TURN}, HARDEST),
-    "smol-sdft-vs-sft": Claim([*SMOL_COLUMNS, "prior at .7", "own answers", "attempts to .7", "seconds"], {
+    "smol-sdft-vs-sft": Claim([*SMOL_COLUMNS, "prior at .8", "own answers", "attempts to .8", "seconds"], {
         "SDFT": f"{SMOL_SDFT} --eval-every 4",
-        "SFT on the demonstrations": f"{SMOL_SDFT} --eval-every 4 --method sft --lr {{1e-5|2e-5|5e-5}}"}, SMOL),
-    "smol-sdft-teachers": Claim(SMOL_COLUMNS, {
-        f"{teacher} teacher": f"{SMOL_SDFT} --eval-every 4" + f" --teacher {teacher}" * (teacher != "ema") for teacher in TEACHERS[:3]}, SMOL),
+        "SFT on the demonstrations": f"{SMOL_SDFT} --eval-every 4 --method sft --lr 5e-5"}, SMOL),
     "smol-sdpo-vs-grpo": Claim([*SMOL_COLUMNS, "attempts to .5", "teacher at first", "teacher at last", "seconds"], {
         "SDPO": f"{SMOL_SDPO} --eval-every 2 {SMOL_RL}",
-        "SDPO, faster": f"{SMOL_SDPO} --eval-every 2 --lr 6e-5",
         "GRPO": SMOL_TEACHER,
-        "GRPO, faster": f"{SMOL_GRPO} --eval-every 2 {SMOL_RL}",
-        "0.9 GRPO + 0.1 SDPO": f"{SMOL_SDPO} --eval-every 2 --policy-weight 0.9 --lr {{1e-5|3e-5}}",
-        "SDPO, the paper's template": f"{SMOL_SDPO} --eval-every 2 --template '{TEXT}' --lr {{1e-5|3e-5}}"}, SMOL),
+        "GRPO, faster": f"{SMOL_GRPO} --eval-every 2 {SMOL_RL}"}, SMOL),
     "smol-srt-sdzero": Claim([*SMOL_COLUMNS, "wrong to right, before", "wrong to right", "divergence, wrong", "divergence, right", "rollouts", "seconds"], {
         "SRT": SMOL_SRT,
         "SRT, then SD-Zero": f"sdzero.py --preset smol --seed {{seed}} --model [[{SMOL_SRT}]]/last",
@@ -233,14 +226,11 @@ CHECKS = [
     rows("one prompt teaches as much as many", "Thinking Machines", "distill-add", "new skill", "one prompt, 20 x 256 answers", "on-policy, forward_kl"),
     # On the pretrained model of 135M; the source says how large the paper's was.
     rows("135M: SDFT learns the new skill better than SFT", "SDFT, 7B (at 3B SFT is better)", "smol-sdft-vs-sft", "new skill", "SDFT", "SFT on the demonstrations"),
-    rows("135M: SDFT forgets less than SFT, where both reach .7", "SDFT, 7B", "smol-sdft-vs-sft", "prior at .7", "SDFT", "SFT on the demonstrations"),
+    rows("135M: SDFT forgets less than SFT, where both reach .8", "SDFT, 7B", "smol-sdft-vs-sft", "prior at .8", "SDFT", "SFT on the demonstrations"),
     rows("135M: SDFT keeps its own answers likelier than SFT", "SDFT, 7B", "smol-sdft-vs-sft", "own answers", "SDFT", "SFT on the demonstrations"),
-    rows("135M: SDPO ends higher than GRPO", "SDPO, 8B (at 1.5B GRPO is better)", "smol-sdpo-vs-grpo", "new skill", "SDPO", "GRPO"),
-    rows("135M: GRPO needs more attempts than SDPO", "SDPO, 8B", "smol-sdpo-vs-grpo", "attempts to .5", "GRPO", "SDPO"),
-    rows("135M: GRPO needs more attempts than SDPO, faster", "SDPO, 8B", "smol-sdpo-vs-grpo", "attempts to .5", "GRPO, faster", "SDPO, faster"),
+    rows("135M: SDPO ends higher than GRPO", "SDPO, table 3, 8B (at 1.5B GRPO is better)", "smol-sdpo-vs-grpo", "new skill", "SDPO", "GRPO"),
+    rows("135M: GRPO needs more attempts than SDPO", "SDPO, table 3, 8B", "smol-sdpo-vs-grpo", "attempts to .5", "GRPO", "SDPO"),
     columns("135M: the self-teacher improves", "SDPO, section 4, 8B", "smol-sdpo-vs-grpo", "SDPO", "teacher at last", "teacher at first"),
-    rows("135M: the mix ends higher than SDPO", "SDPO, weak models", "smol-sdpo-vs-grpo", "new skill", "0.9 GRPO + 0.1 SDPO", "SDPO"),
-    rows("135M: the mix ends higher than GRPO", "SDPO, weak models", "smol-sdpo-vs-grpo", "new skill", "0.9 GRPO + 0.1 SDPO", "GRPO"),
     rows("135M: phase 2 improves on phase 1", "SD-Zero, 4B", "smol-srt-sdzero", "new skill", "SRT, then SD-Zero", "SRT"),
     rows("135M: SD-Zero ends higher than RFT", "SD-Zero, 4B", "smol-srt-sdzero", "new skill", "SRT, then SD-Zero", "RFT"),
     Check("135M: SD-Zero ends higher than GRPO", "SD-Zero, 4B", ("smol-srt-sdzero", "SRT, then SD-Zero", "new skill"), ("smol-sdpo-vs-grpo", "GRPO", "new skill")),
@@ -340,8 +330,8 @@ def measure(result: Result) -> dict[str, float]:
              "seconds": sum(v for row in result.metrics + result.phase_one for k, v in row.items() if re.match("time/(generate|teacher|student|optim)$", k))}
     own = sum(row.get("collect/rollouts", 0) for row in result.metrics)
     found["rollouts"] = phase_one + (own or per_step * last["step"])
-    found |= {"prior at .7": value for value in at_level(points, curve(result, "eval/prior-eval"), 0.7)}
-    for level in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
+    found |= {"prior at .8": value for value in at_level(points, curve(result, "eval/prior-eval"), 0.8)}
+    for level in (0.5, 0.6, 0.8, 0.9, 0.95):
         found[f"attempts to {level:g}".replace("0.", ".")] = attempts_to(points, level, per_step)
         found[f"with phase 1 to {level:g}".replace("0.", ".")] = phase_one + attempts_to(points, level, per_step)
     found |= {f"at {step * per_step}": value for step, value in points if step * per_step in (256, 512, 1024)}
