@@ -7,7 +7,7 @@
 Every line of a table is one command on base models 0, 1 and 2, for sdpo with two seeds each: mean and standard deviation. A
 learning rate written {a|b|c} is tuned first, on base 0 and seed 0 only: the smallest one within .05 of the best (sdft: of the
 final accuracy, others: of its mean over the run). The tables smol-* are of the pretrained model that tests/smol.py makes, seeds 1
-to 3 (against SFT: 1 and 2). [[command]] stands for the folder of another run. What a finished run measured
+to 3. [[command]] stands for the folder of another run. What a finished run measured
 is kept in tests/claims.jsonl, and no run that is there is repeated: delete it to measure anew.
 """
 
@@ -149,9 +149,9 @@ CLAIMS: dict[str, Claim] = {
         "SDPO": f"{HARD} --max-teacher-tokens 128 --lr 1e-4",
         "best of k": f"{HARD} --search best_of_k",
         "multi-turn": MULTI_TURN}, HARDEST),
-    "smol-sdft-vs-sft": Claim([*SMOL_COLUMNS, "prior at .8", "attempts to .8", "seconds"], {
+    "smol-sdft-vs-sft": Claim([*SMOL_COLUMNS, "prior at .8", "own answers", "attempts to .8", "seconds"], {
         "SDFT": f"{SMOL_SDFT} --eval-every 4",
-        "SFT on the demonstrations": f"{SMOL_SDFT} --eval-every 4 --method sft --lr 5e-5"}, SMOL[:2]),
+        "SFT on the demonstrations": f"{SMOL_SDFT} --eval-every 4 --method sft --lr 5e-5"}, SMOL),
     "smol-sdpo-vs-grpo": Claim([*SMOL_COLUMNS, "attempts to .5", "teacher at first", "teacher at last", "seconds"], {
         "SDPO": f"{SMOL_SDPO} --eval-every 2 {SMOL_RL}",
         "GRPO": SMOL_TEACHER,
@@ -225,8 +225,9 @@ CHECKS = [
          "on-policy, reverse_kl"),
     rows("one prompt teaches as much as many", "Thinking Machines", "distill-add", "new skill", "one prompt, 20 x 256 answers", "on-policy, forward_kl"),
     # On the pretrained model of 135M; the source says how large the paper's was.
-    rows("135M, two seeds: SDFT learns the new skill better than SFT", "SDFT, 7B (at 3B SFT is better)", "smol-sdft-vs-sft", "new skill", "SDFT", "SFT on the demonstrations"),
-    rows("135M, two seeds: SDFT forgets less than SFT, where both reach .8", "SDFT, 7B", "smol-sdft-vs-sft", "prior at .8", "SDFT", "SFT on the demonstrations"),
+    rows("135M: SDFT learns the new skill better than SFT", "SDFT, 7B (at 3B SFT is better)", "smol-sdft-vs-sft", "new skill", "SDFT", "SFT on the demonstrations"),
+    rows("135M: SDFT forgets less than SFT, where both reach .8", "SDFT, 7B", "smol-sdft-vs-sft", "prior at .8", "SDFT", "SFT on the demonstrations"),
+    rows("135M: the base's own answers stay likelier with SDFT than with SFT", "SDFT, 7B", "smol-sdft-vs-sft", "own answers", "SDFT", "SFT on the demonstrations"),
     rows("135M: SDPO ends higher than GRPO", "SDPO, table 3, 8B (at 1.5B GRPO is better)", "smol-sdpo-vs-grpo", "new skill", "SDPO", "GRPO"),
     rows("135M: GRPO needs more attempts than SDPO", "SDPO, table 3, 8B", "smol-sdpo-vs-grpo", "attempts to .5", "GRPO", "SDPO"),
     columns("135M: the self-teacher improves", "SDPO, section 4, 8B", "smol-sdpo-vs-grpo", "SDPO", "teacher at last", "teacher at first"),
