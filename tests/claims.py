@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 ROOT = Path(__file__).parent.parent
 OUT, RECORD = ROOT / "runs" / "claims", ROOT / "tests" / "claims.jsonl"
 ONCE = [dict(base=base, seed=base) for base in range(3)]     # base model and seed
@@ -77,7 +78,9 @@ MULTI_TURN = f"{HARD} --search multi_turn --rollouts 1 --steps 256 --max-teacher
 # The pretrained model of tests/smol.py.
 SMOL_SDFT, SMOL_SDPO, SMOL_SRT = (f"{script}.py --preset smol --seed {{seed}}" for script in ("sdft", "sdpo", "srt"))
 SMOL_GRPO = f"{SMOL_SDPO} --policy-weight 1"
-SMOL_COLUMNS = ["start", "new skill", "prior"]
+SMOL_DISTILL = "distill.py --preset smol --seed {seed} --eval-every 2"
+SMOL_COLUMNS, SMOL_RL = ["start", "new skill", "prior"], "--lr {1e-5|3e-5|6e-5}"
+SMOL_TEACHER = f"{SMOL_GRPO} --eval-every 2 --lr 3e-5"
 
 CLAIMS: dict[str, Claim] = {
     "sdft-vs-sft": Claim(SDFT, {
@@ -146,11 +149,22 @@ CLAIMS: dict[str, Claim] = {
         "SDPO": f"{HARD} --max-teacher-tokens 128 --lr 1e-4",
         "best of k": f"{HARD} --search best_of_k",
         "multi-turn": MULTI_TURN}, HARDEST),
-    "smol-sdft": Claim(SMOL_COLUMNS, {"SDFT, turns": SMOL_SDFT}, SMOL),
-    "smol-sdpo-vs-grpo": Claim(SMOL_COLUMNS, {"SDPO, turns": SMOL_SDPO, "GRPO": SMOL_GRPO}, SMOL),
-    "smol-distill-vs-grpo": Claim(SMOL_COLUMNS, {
-        "GRPO, 512 attempts": SMOL_GRPO,
-        "distilled from that model, 320 answers": f"distill.py --preset smol --seed {{seed}} --teacher [[{SMOL_GRPO}]]/last"}, SMOL),
+    "smol-sdft-vs-sft": Claim([*SMOL_COLUMNS, "prior at .8", "own answers", "attempts to .8", "seconds"], {
+        "SDFT": f"{SMOL_SDFT} --eval-every 4",
+        "SFT on the demonstrations": f"{SMOL_SDFT} --eval-every 4 --method sft --lr 5e-5"}, SMOL),
+    "smol-sdpo-vs-grpo": Claim([*SMOL_COLUMNS, "attempts to .5", "teacher at first", "teacher at last", "seconds"], {
+        "SDPO": f"{SMOL_SDPO} --eval-every 2 {SMOL_RL}",
+        "GRPO": SMOL_TEACHER,
+        "GRPO, faster": f"{SMOL_GRPO} --eval-every 2 {SMOL_RL}"}, SMOL),
+    "smol-srt-sdzero": Claim([*SMOL_COLUMNS, "wrong to right, before", "wrong to right", "divergence, wrong", "divergence, right", "rollouts", "seconds"], {
+        "SRT": SMOL_SRT,
+        "SRT, then SD-Zero": f"sdzero.py --preset smol --seed {{seed}} --model [[{SMOL_SRT}]]/last",
+        "RFT": f"{SMOL_SRT} --method rft --attempts 12"}, SMOL),
+    "smol-distill-vs-grpo": Claim([*SMOL_COLUMNS, "attempts to .5", "attempts to .6", "seconds"], {
+        "GRPO": SMOL_TEACHER,
+        "GRPO, faster": f"{SMOL_GRPO} --eval-every 2 --lr 6e-5",
+        "distilled from that model": f"{SMOL_DISTILL} --teacher [[{SMOL_TEACHER}]]/last",
+        "distilled from its outputs": f"{SMOL_DISTILL} --lmbda 0 --outputs teacher --teacher [[{SMOL_TEACHER}]]/last"}, SMOL),
 }
 
 
@@ -182,7 +196,6 @@ CHECKS = [
     rows("the forward KL beats the reverse", "SDFT, by tinker-cookbook", "sdft-divergences", "new skill", "forward_kl", "reverse_kl"),
     rows("GRPO needs more attempts than SDPO", "SDPO, table 3", "sdpo-vs-grpo", FEWER, "GRPO", "SDPO, solution or feedback"),
     rows("SDPO ends higher than GRPO", "SDPO, table 3", "sdpo-vs-grpo", "new skill", "SDPO, solution or feedback", "GRPO"),
-    rows("SDPO ends higher than GRPO, pretrained 135M", "SDPO, table 3", "smol-sdpo-vs-grpo", "new skill", "SDPO, turns", "GRPO"),
     rows("solutions alone need more attempts than with feedback", "SDPO, table 6", "sdpo-vs-grpo", FEWER, "SDPO, solution only", "SDPO, solution or feedback"),
     rows("feedback alone needs more attempts than with solutions", "SDPO, table 6", "sdpo-vs-grpo", FEWER, "SDPO, feedback on wrong attempts only",
          "SDPO, solution or feedback"),
@@ -211,12 +224,26 @@ CHECKS = [
     rows("the sampled token needs more answers than all logits", "Thinking Machines", "distill-add", FEWER, "sampled-token policy gradient",
          "on-policy, reverse_kl"),
     rows("one prompt teaches as much as many", "Thinking Machines", "distill-add", "new skill", "one prompt, 20 x 256 answers", "on-policy, forward_kl"),
+    # On the pretrained model of 135M; the source says how large the paper's was.
+    rows("135M: SDFT learns the new skill better than SFT", "SDFT, 7B (at 3B SFT is better)", "smol-sdft-vs-sft", "new skill", "SDFT", "SFT on the demonstrations"),
+    rows("135M: SDFT forgets less than SFT, where both reach .8", "SDFT, 7B", "smol-sdft-vs-sft", "prior at .8", "SDFT", "SFT on the demonstrations"),
+    rows("135M: the base's own answers stay likelier with SDFT than with SFT", "SDFT, 7B", "smol-sdft-vs-sft", "own answers", "SDFT", "SFT on the demonstrations"),
+    rows("135M: SDPO ends higher than GRPO", "SDPO, table 3, 8B (at 1.5B GRPO is better)", "smol-sdpo-vs-grpo", "new skill", "SDPO", "GRPO"),
+    rows("135M: GRPO needs more attempts than SDPO", "SDPO, table 3, 8B", "smol-sdpo-vs-grpo", "attempts to .5", "GRPO", "SDPO"),
+    columns("135M: the self-teacher improves", "SDPO, section 4, 8B", "smol-sdpo-vs-grpo", "SDPO", "teacher at last", "teacher at first"),
+    rows("135M: phase 2 improves on phase 1", "SD-Zero, 4B", "smol-srt-sdzero", "new skill", "SRT, then SD-Zero", "SRT"),
+    rows("135M: SD-Zero ends higher than RFT", "SD-Zero, 4B", "smol-srt-sdzero", "new skill", "SRT, then SD-Zero", "RFT"),
+    Check("135M: SD-Zero ends higher than GRPO", "SD-Zero, 4B", ("smol-srt-sdzero", "SRT, then SD-Zero", "new skill"), ("smol-sdpo-vs-grpo", "GRPO", "new skill")),
+    columns("135M: the divergence sits on wrong answers", "SD-Zero, figure 4, 4B", "smol-srt-sdzero", "SRT, then SD-Zero", "divergence, wrong", "divergence, right"),
+    rows("135M: GRPO needs more attempts than distillation from its model", "Thinking Machines, 8B", "smol-distill-vs-grpo", "attempts to .5", "GRPO",
+         "distilled from that model"),
+    rows("135M: on-policy beats the teacher's outputs", "GKD, 0.08B to 0.8B", "smol-distill-vs-grpo", "new skill", "distilled from that model",
+         "distilled from its outputs"),
 ]
 UNTESTED = {
     "text and answer beat text, which beats the answer alone (SDFT)": "there are no documents",
     "SDPO's answers are three times shorter; SRT lengthens, phase 2 shortens them": "a right answer has one length",
     "the gain grows with the model (SDPO)": "there is one model",
-    "distilling an RL teacher takes fewer steps than RL (Thinking Machines)": "the toy world has no teacher from RL; `smol-distill-vs-grpo` has, at unmatched numbers of answers",
 }
 
 
@@ -237,7 +264,7 @@ def run(command: str) -> Path:
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr[-2000:])
-        needed = script == "srt.py" or command in (SMOL_GRPO.format(**place) for place in SMOL)
+        needed = script == "srt.py" or command.startswith("sdft.py --preset smol") or command in (SMOL_TEACHER.format(**place) for place in SMOL)
         for name in ["checkpoints", "best"] + ["last"] * (not needed):   # last/ is the model of sdzero, or the teacher of distill
             shutil.rmtree(out / name, ignore_errors=True)
         (out / "done").write_text(command)
@@ -261,6 +288,8 @@ def at(command: str, **place: int) -> dict[str, float]:
         read = lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         config = json.loads((out / "config.json").read_text())
         found = measure(Result(read(out), config["args"], read(before[0]) if before else []))
+        if command.startswith("sdft.py --preset smol"):
+            found["own answers"] = likelihood(out / "last")
         record()[command] = {"command": command, "commit": config["commit"], **{k: float(f"{v:.4g}") for k, v in found.items()}}
         with open(RECORD, "a") as file:
             file.write(json.dumps(record()[command]) + "\n")
@@ -280,6 +309,14 @@ def attempts_to(points: list[tuple[int, float]], level: float, per_step: int) ->
     return 0 if points[0][1] >= level else per_step * points[-1][0]
 
 
+def at_level(points: list[tuple[int, float]], others: list[tuple[int, float]], level: float) -> list[float]:
+    """What another curve is where this one first reaches `level`, on straight lines between evaluations; empty when it never does."""
+    for (_, low), (_, high), (_, before), (_, after) in zip(points, points[1:], others, others[1:]):
+        if low < level <= high:
+            return [before + (level - low) / (high - low) * (after - before)]
+    return []
+
+
 def measure(result: Result) -> dict[str, float]:
     """Everything that a column of any table may show of a run."""
     first, last, per_step = result.metrics[0], result.metrics[-1], result.args["prompts_per_step"] * result.args.get("rollouts", 1)
@@ -291,7 +328,10 @@ def measure(result: Result) -> dict[str, float]:
     found = {"lr": result.args["lr"], "GiB": last["memory/peak_gib"], "start": values[0], "new skill": values[-1], "mean": statistics.mean(values),
              "tokens": sum(row.get("train/tokens", 0) for row in result.metrics),
              "seconds": sum(v for row in result.metrics + result.phase_one for k, v in row.items() if re.match("time/(generate|teacher|student|optim)$", k))}
-    for level in (0.8, 0.9, 0.95):
+    own = sum(row.get("collect/rollouts", 0) for row in result.metrics)
+    found["rollouts"] = phase_one + (own or per_step * last["step"])
+    found |= {"prior at .8": value for value in at_level(points, curve(result, "eval/prior-eval"), 0.8)}
+    for level in (0.5, 0.6, 0.8, 0.9, 0.95):
         found[f"attempts to {level:g}".replace("0.", ".")] = attempts_to(points, level, per_step)
         found[f"with phase 1 to {level:g}".replace("0.", ".")] = phase_one + attempts_to(points, level, per_step)
     found |= {f"at {step * per_step}": value for step, value in points if step * per_step in (256, 512, 1024)}
@@ -304,6 +344,31 @@ def measure(result: Result) -> dict[str, float]:
         found |= {column: statistics.mean(row[key] for row in result.metrics[1:])} if key in last else {}
     seen = [row["teacher/accuracy"] for row in result.metrics if "teacher/accuracy" in row]
     return found | ({"teacher at first": seen[0], "teacher at last": seen[-1]} if seen else {})
+
+
+@functools.cache
+def own_answers() -> tuple:
+    """The run, and (prompt, answer) token ids: what the pretrained model itself answers the prior questions, greedily."""
+    import common
+    import sdft
+    args = common.parse_args(sdft.Args, sdft.PRESETS, ["--preset", "smol"])
+    run = common.Run(args, common.load_tokenizer(args.model))
+    prompts = [row["prompt_ids"] for row in common.load_evals(args, sdft.to_row, run.tokenizer)["prior-eval"]]
+    model = common.load_model(args.model, run)
+    greedy = common.Sampling(args.max_completion_tokens, temperature=0)
+    answers = common.Sampler(run, model)(model, prompts, [(i, 0) for i in range(len(prompts))], (0,), greedy)
+    return run, [(prompt, y.ids) for prompt, y in zip(prompts, answers)]
+
+
+def likelihood(folder: Path | str) -> float:
+    """Mean log-prob of a token of those answers under the model of a folder: what it forgets, in nats."""
+    import common
+    import torch
+    run, pairs = own_answers()
+    model = common.load_model(str(folder), run)
+    with torch.no_grad():
+        logps, _ = common.token_logps(common.completion_states(model, pairs), common.head_of(model), torch.tensor([i for _, y in pairs for i in y]))
+    return logps.mean().item()
 
 
 def tune(command: str) -> str:
