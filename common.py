@@ -117,7 +117,7 @@ class Sampler:
         rollouts = [None] * len(prompts)
         options = dict(desc="answers", leave=False, delay=2, disable=not self.run.main)
         bar = tqdm(total=len(prompts), **options)  # shown after two seconds, gone when done
-        # No backward pass could use what FSDP gathers under inference mode.
+        # Inference mode would cast weights at every token, and FSDP has no backward pass for what it gathers.
         with torch.no_grad(), precision_of(model), gathered(model), bar:
             for first in range(0, len(order), self.args.sample_batch):
                 part = order[first : first + self.args.sample_batch]
@@ -652,7 +652,7 @@ def _matmul(
 ) -> Tensor:
     """a @ b summed in float32 or better, into `out` or added to `add_to`. Autocast would round the result.
 
-    With `bf16` a CPU may round float32 factors to bf16, for which torch uses oneDNN: twice as fast.
+    With `bf16` torch may round float32 factors to bf16 on a CPU. It then uses oneDNN, about twice as fast.
     """
     kept = {} if a.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
     on_cpu = torch.backends.mkldnn.matmul
@@ -692,7 +692,7 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 
 def precision_of(model: nn.Module) -> torch.autocast:
-    """bf16 where --dtype says so. Weights are cast once in the outermost of nested ones."""
+    """Autocast to bf16 if --dtype asks for it. Nested contexts share the outermost one's cast weights."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.computes_in_bf16)
 
 
@@ -1294,7 +1294,7 @@ class RunArgs:
     tokens_per_batch: int = 16384
     """Micro-batch of one process, in tokens read, with padding. Affects memory and speed only."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What draws completions. vllm runs in this process; other samples from the same distribution."""
+    """What draws completions. vllm runs in this process and draws other samples of the same distribution."""
     engine_cache_gib: float = 8.0
     """vllm: GiB of KV cache per process."""
     engine_tensor_parallel: int = 1
@@ -1556,11 +1556,9 @@ def check_ids(rows: list, tokenizer: Any, model: str) -> None:
     for row in rows:
         top = max(max(row[key], default=0) for key in row if key.endswith("_ids"))
         if top >= size:
-            token, there = (
-                f"token {tokenizer.decode([top])!r} has id {top}",
-                f"the embedding of --model {model}",
-            )
-            raise InputError(f"{row['where']}: {token}, but {there} has {size} rows; use its own tokenizer")
+            token = f"token {tokenizer.decode([top])!r} has id {top}"
+            there = f"the embedding of --model {model} has {size} rows"
+            raise InputError(f"{row['where']}: {token}, but {there}; use its own tokenizer")
 
 
 def claim_folder(run: Run, rows: list) -> str:
@@ -1722,7 +1720,7 @@ class Totals:
 
 
 def rollout_metrics(run: Run, rollouts: list) -> dict:
-    """Of the step's completions over all ranks."""
+    """Tokens, mean length and cut-off share of the step's completions over all ranks."""
     found = {f"rollout/{name}": value for name, value in lengths_of(run, rollouts).items()}
     if found["rollout/cut_frac"] == 1:
         run.say("warning: every completion was cut off; raise --max-completion-tokens")
@@ -1878,10 +1876,8 @@ def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: S
             samples.append({**sample, "prompt": run.tokenizer.decode(row["prompt_ids"]), "reward": reward})
         append_jsonl(run.out / "samples.jsonl", samples)
         if run.wandb:
-            table = sys.modules["wandb"].Table(
-                list(samples[0]), [list(sample.values()) for sample in samples]
-            )
-            run.wandb.log({f"samples/{name}": table}, step=step)
+            columns, lines = list(samples[0]), [list(sample.values()) for sample in samples]
+            run.wandb.log({f"samples/{name}": sys.modules["wandb"].Table(columns, lines)}, step=step)
     P, mean = t["rows"], t["mean"] / t["rows"]
     error = math.sqrt(max(t["squares"] / P - mean**2, 0) / max(P - 1, 1))
     found = {f"avg@{n}": mean, "se": error, **lengths_of(run, answers)}
@@ -1971,13 +1967,14 @@ def draw_curves(out: Path) -> None:
 
     table = pandas.DataFrame(read_jsonl(out / "metrics.jsonl")).set_index("step")
     parts = (
-        "^eval.*/avg@",
-        "^train/loss",
-        "^distill/divergence$",
-        "^rollout/reward|^teacher/acc",
-        "^rollout/len",
+        "eval.*/avg@",
+        "train/loss",
+        "distill/divergence$",
+        "rollout/reward|teacher/accuracy",
+        "rollout/length",
     )
-    panels = [panel for part in parts if len((panel := table.filter(regex=part)).columns)]
+    panels = [table.filter(regex=f"^({part})") for part in parts]
+    panels = [panel for panel in panels if len(panel.columns)]
     if not panels:
         return
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)

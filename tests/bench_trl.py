@@ -14,9 +14,10 @@ both     SDPO: 8 questions x 8 attempts, JSD 1/2 over all logits (topk: the stud
          attempts right. SDFT: 32 prompts, forward KL over all logits, EMA teacher. Distillation: 32 prompts, JSD 1/2, token mean, a
          teacher of the student's shape. AdamW, gradient norm 1, no importance ratio (TRL's is inactive where each batch is used once).
 model    random Qwen3. tiny: 4 layers x 128 and the laptop world's 89 tokens; small: 6 x 256 and 32768; smol: the shape of
-         SmolLM2-135M, 30 x 576 and 49152, in bf16 autocast on both sides; sdpo-smol and sdft-smol: that model itself, with the questions of
-         smol.py, natural lengths up to 14. Of the random ones one direction of the hidden state is constant and the EOS logit reads it alone. forced lengths: it is never drawn, so that both do the same work; natural: it is
-         drawn with probability of about 2 / limit at every token: nearly geometric lengths, with the same distribution on both sides.
+         SmolLM2-135M, 30 x 576 and 49152, in bf16 autocast on both sides. One direction of the hidden state is constant and the EOS logit
+         reads it alone. forced lengths: EOS is never drawn, so that both do the same work; natural: it is drawn with probability of about
+         2 / limit at every token: nearly geometric lengths, with the same distribution on both sides
+         sdpo-smol and sdft-smol: SmolLM2-135M itself, with the questions of smol.py and natural lengths up to 14, also in bf16 autocast
 seconds  of a step, the first one left out; both sides take turns, each in a fresh process; medians over the repeats. --clock cpu counts the
          process's CPU seconds in place of wall time: on one thread the same work, without what a busy machine takes away
          generate | teacher: its forward | student: forward, loss, backward | other. TRL's teacher includes its logits, which ours
@@ -57,7 +58,8 @@ class Shape(NamedTuple):
 
 
 SHAPES = {"tiny": Shape(4, 128, 384, 4, 2, 89), "small": Shape(6, 256, 768, 8, 4, 32768),
-          "smol": Shape(30, 576, 1536, 9, 3, 49152, "bfloat16"), "pretrained": Shape(30, 576, 1536, 9, 3, 49152, "bfloat16")}
+          "smol": Shape(30, 576, 1536, 9, 3, 49152, "bfloat16")}
+SHAPES["pretrained"] = SHAPES["smol"]
 
 
 class Case(NamedTuple):
@@ -449,16 +451,16 @@ def measure(name: str, lengths: str, args: argparse.Namespace) -> list[tuple[dic
 
 
 def least_seconds(case: Case) -> float:
-    """The matrix products of an SDPO step in which every distinct prompt is read once, at the rate of one product timed here.
+    """Seconds of an SDPO step's matrix products if every distinct prompt is read once, at the rate of one product timed here.
 
-    Without the products of attention. A question has two teacher prompts: the first success learns from the second.
+    Attention is left out. A question has two teacher prompts: the first success learns from the second one.
     """
     layers, width, mlp, heads, kv_heads, size, dtype = SHAPES[case.shape]
     body, head = layers * width * (2 * width + 2 * width * kv_heads // heads + 3 * mlp), width * size
     questions, copies = PROMPTS[case.script]
     y = questions * copies * case.limit
     student, teacher = questions * case.prompt + y, 2 * questions * (case.prompt + case.limit) + y
-    products = body * (student + 3 * student + teacher) + head * y * 5                # draw, forward and backward, teacher; draw and loss
+    products = body * (4 * student + teacher) + head * 5 * y # body: draw, forward, two backward; head: draw, four in the loss
     a, b = (torch.randn(size, dtype=getattr(torch, dtype)) for size in ((1024, width), (width, mlp)))
     seconds = []
     for _ in range(50):

@@ -26,8 +26,8 @@ import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 OUT, RECORD = ROOT / "runs" / "claims", ROOT / "tests" / "claims.jsonl"
 ONCE = [dict(base=base, seed=base) for base in range(3)]     # base model and seed
 TWICE = [*ONCE, *(dict(base=base, seed=base + 3) for base in range(3))]

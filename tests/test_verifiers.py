@@ -280,6 +280,7 @@ def test_a_missing_math_verify_is_one_sentence(monkeypatch):
         (f"import threading\nthreading.Thread(target=lambda: {RIGHT}).start()", SUM),
         ("if __name__ == '__main__':\n    " + RIGHT, SUM),
         ("open('a', 'w').write('x')\n" + RIGHT, SUM),
+        ("import pickle\ndef f(): pass\nassert pickle.loads(pickle.dumps(f)) is f\n" + RIGHT, SUM),
         ("import numpy\n" + RIGHT, {**SUM, "time_limit": 9}),
         ("def add(numbers, more):\n    print('noise')\n    return sum(numbers) + more", ADD),
         ("class Solution:\n    def add(self, a: List[int], b: int) -> int:\n        return sum(a) + b", ADD),
@@ -320,6 +321,7 @@ def test_which_block_is_the_program(completion, longest, last):
         ("1  2", "1 2", 1),
         (" 1\n2  \n\n", "1\n2", 1),
         ("1\r\n2", "1\n2", 1),
+        ("yes no", " yes no ", 1),
         ("yes  no", "yes no", 0),
         ("yes", "Yes", 0),
         ("1\n2", "1 2", 0),
@@ -669,6 +671,12 @@ def test_an_output_over_the_limit_is_an_error_at_once():
         assert "File too large" in code(fenced(program), {"tests": SUM})[1]
 
 
+def test_the_outputs_of_all_tests_together_are_bounded():
+    tests = {**SUM, "inputs": ["1"] * 40}
+    runs = verifiers.run_program("print('x' * 4_000_000, end='')", tests, unsafe=not SANDBOX)
+    assert sum(len(output) for _, output, _ in runs) < 72 << 20 and runs[-1][0] == "timeout"
+
+
 def test_the_total_time_is_bounded_when_every_test_is_slow(monkeypatch):
     monkeypatch.setattr(verifiers, "START_SECONDS", 1)
     tests = {
@@ -728,9 +736,10 @@ def test_unsafe_code_needs_no_bubblewrap(no_bwrap):
     assert grade(verify, [(fenced(RIGHT), row), (fenced("print(0)"), row)])[0] == (1.0, "")
 
 
-def test_unsafe_programs_and_their_children_are_killed_as_a_group(mark):
-    children = "import os, time\nfor i in range(20):\n    if os.fork() == 0: time.sleep(1000)\n"
-    assert verifiers.code(fenced(children + RIGHT), {"tests": SUM}, unsafe=True) == (1.0, "")
+@pytest.mark.parametrize("unsafe, children", [(True, 20), pytest.param(False, 8, marks=needs_sandbox)])
+def test_a_right_program_is_right_and_its_children_are_killed(mark, unsafe, children):
+    program = f"import os, time\nfor i in range({children}):\n    if os.fork() == 0: time.sleep(1000)\n{RIGHT}"
+    assert verifiers.code(fenced(program), {"tests": SUM}, unsafe=unsafe) == (1.0, "")
     assert not lingering(mark)
 
 
