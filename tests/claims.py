@@ -81,6 +81,7 @@ SMOL_GRPO = f"{SMOL_SDPO} --policy-weight 1"
 SMOL_DISTILL = "distill.py --preset smol --seed {seed} --eval-every 2"
 SMOL_COLUMNS, SMOL_RL = ["start", "new skill", "prior"], "--lr {1e-5|3e-5|6e-5}"
 SMOL_TEACHER = f"{SMOL_GRPO} --eval-every 2 --lr 3e-5"
+TEXT = "{{prompt}}{{solution}}{{feedback}}\n\nCorrectly solve the original question."
 
 CLAIMS: dict[str, Claim] = {
     "sdft-vs-sft": Claim(SDFT, {
@@ -151,14 +152,21 @@ CLAIMS: dict[str, Claim] = {
         "multi-turn": MULTI_TURN}, HARDEST),
     "smol-sdft-vs-sft": Claim([*SMOL_COLUMNS, "prior at .8", "own answers", "attempts to .8", "seconds"], {
         "SDFT": f"{SMOL_SDFT} --eval-every 4",
-        "SFT on the demonstrations": f"{SMOL_SDFT} --eval-every 4 --method sft --lr 5e-5"}, SMOL),
+        "SFT on the demonstrations": f"{SMOL_SDFT} --eval-every 4 --method sft --lr {{3e-5|5e-5|1e-4}}"}, SMOL),
+    "smol-sdft-teachers": Claim([*SMOL_COLUMNS, "attempts to .8", "own answers"], {
+        "ema teacher": f"{SMOL_SDFT} --eval-every 4",
+        **{f"{teacher} teacher": f"{SMOL_SDFT} --eval-every 4 --teacher {teacher}" for teacher in ("base", "live")}}, SMOL),
     "smol-sdpo-vs-grpo": Claim([*SMOL_COLUMNS, "attempts to .5", "teacher at first", "teacher at last", "seconds"], {
         "SDPO": f"{SMOL_SDPO} --eval-every 2 {SMOL_RL}",
+        "SDPO, the paper's text template": f"{SMOL_SDPO} --eval-every 2 --lr 3e-5 --template '{TEXT}'",
+        "SDPO, faster": f"{SMOL_SDPO} --eval-every 2 --lr 6e-5",
+        "0.9 GRPO + 0.1 SDPO": f"{SMOL_SDPO} --eval-every 2 --policy-weight 0.9 {SMOL_RL}",
         "GRPO": SMOL_TEACHER,
         "GRPO, faster": f"{SMOL_GRPO} --eval-every 2 {SMOL_RL}"}, SMOL),
     "smol-srt-sdzero": Claim([*SMOL_COLUMNS, "wrong to right, before", "wrong to right", "divergence, wrong", "divergence, right", "rollouts", "seconds"], {
         "SRT": SMOL_SRT,
         "SRT, then SD-Zero": f"sdzero.py --preset smol --seed {{seed}} --model [[{SMOL_SRT}]]/last",
+        "SD-Zero without SRT": "sdzero.py --preset smol --seed {seed} --model smol:model --phrases qwen",
         "RFT": f"{SMOL_SRT} --method rft --attempts 12"}, SMOL),
     "smol-distill-vs-grpo": Claim([*SMOL_COLUMNS, "attempts to .5", "attempts to .6", "seconds"], {
         "GRPO": SMOL_TEACHER,
