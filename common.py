@@ -108,26 +108,26 @@ class Sampler:
     """
 
     def __init__(self, run: Run, model: nn.Module):
+        self.run, self.args = run, run.args
         eos = eos_ids_of(run.tokenizer, model.config, model.generation_config)
-        self.run, self.args, self.eos = run, run.args, torch.tensor(eos)
+        self.eos = torch.tensor(eos, device=model.device)
 
     def __call__(self, model: nn.Module, prompts: list, keys: list, stream: tuple, how: Sampling) -> list:
         """One Rollout per prompt (token ids). `keys` are (row id, sample); any process may draw any."""
+        rollouts = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
-        rollouts = [None] * len(prompts)
         options = dict(desc="answers", leave=False, delay=2, disable=not self.run.main)
         bar = tqdm(total=len(prompts), **options)  # shown after two seconds, gone when done
         # Inference mode would cast weights at every token, and FSDP has no backward pass for what it gathers.
         with torch.no_grad(), precision_of(model), gathered(model), bar:
             for first in range(0, len(order), self.args.sample_batch):
                 part = order[first : first + self.args.sample_batch]
-                noise = [uniforms((self.args.seed, *stream, *keys[i]), how.max_tokens) for i in part]
+                seeds = [(self.args.seed, *stream, *keys[i]) for i in part]
+                noise = [np.random.default_rng(seed).random(how.max_tokens) for seed in seeds]
                 noise_BT = torch.from_numpy(np.stack(noise)).to(model.device)
-                eos = self.eos.to(model.device)
-                drawn = decode(model, [prompts[i] for i in part], noise_BT, eos, how, bar)
-                for i, rollout in zip(part, drawn, strict=True):
-                    rollouts[i] = rollout
-        return rollouts
+                drawn = decode(model, [prompts[i] for i in part], noise_BT, self.eos, how, bar)
+                rollouts.update(zip(part, drawn, strict=True))
+        return [rollouts[i] for i in range(len(prompts))]
 
 
 def make_sampler(run: Run, student: nn.Module) -> Sampler:
@@ -135,44 +135,43 @@ def make_sampler(run: Run, student: nn.Module) -> Sampler:
     return VllmSampler(run, student) if run.args.engine == "vllm" else Sampler(run, student)
 
 
-def uniforms(key: tuple, length: int) -> np.ndarray:
-    return np.random.default_rng(key).random(length)
-
-
 def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: Sampling, bar: tqdm) -> list:
     """One batch: reads each distinct prompt once, then decodes; finished rows leave the batch."""
     B, T = noise_BT.shape
-    ids, logps, finished = [[] for _ in prompts], [[] for _ in prompts], [False] * B
-    h_BD, mask_BL, cache = prefill(model, prompts)
+    ids_BT = torch.full_like(noise_BT, -1, dtype=torch.long)
+    logps_BT = torch.zeros_like(noise_BT)
     alive = torch.arange(B, device=model.device)
+    h_BD, mask_BL, cache = prefill(model, prompts)
     for t in range(T):
         token_B, logp_B = draw(head_of(model).logits(h_BD), noise_BT[alive, t], how)
-        over_B = torch.isin(token_B, eos)
-        drawn = zip(*(x.tolist() for x in (alive, token_B, logp_B, over_B)), strict=True)
-        for row, token, logp, over in drawn:
-            ids[row].append(token)
-            logps[row].append(logp)
-            finished[row] = over
-        bar.update(over_B.sum().item() if t + 1 < T else len(over_B))
-        if t + 1 == T or over_B.all():
+        ids_BT[alive, t] = token_B
+        logps_BT[alive, t] = logp_B.double()
+        on_B = ~torch.isin(token_B, eos)
+        alive = alive[on_B]
+        bar.update(len(on_B) - len(alive))
+        if t + 1 == T or not len(alive):
             break
-        if over_B.any():
-            keep = (~over_B).nonzero()[:, 0]
-            cache.reorder_cache(keep)
-            alive, token_B, mask_BL = alive[keep], token_B[keep], mask_BL[keep]
-        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], 1)
+        if not on_B.all():
+            token_B, mask_BL = token_B[on_B], mask_BL[on_B]
+            cache.reorder_cache(on_B.nonzero()[:, 0])
+        mask_BL = nn.functional.pad(mask_BL, (0, 1), value=1)
         h_BD = next_states(model, token_B[:, None], mask_BL, cache)[:, 0]
-    return [Rollout(*rollout) for rollout in zip(ids, logps, finished, strict=True)]
+    bar.update(len(alive))  # cut off at the limit
+    rollouts = []
+    for ids, logps in zip(ids_BT.tolist(), logps_BT.tolist(), strict=True):
+        n = T - ids.count(-1)
+        rollouts.append(Rollout(ids[:n], logps[:n], ids[n - 1] in eos))
+    return rollouts
 
 
 def prefill(model: nn.Module, prompts: list) -> tuple[Tensor, Tensor, Any]:
     """Last state [B, D] of each prompt, attention mask [B, L] and cache. Equal prompts are read once."""
     from transformers import DynamicCache
 
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
-    place = {prompt: i for i, prompt in enumerate(distinct)}
-    which_B = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
-    ids_BL, mask_BL = padded(distinct, "left", model.device)
+    places = {}  # of the distinct prompts in the batch that is read
+    which = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    which_B = torch.tensor(which, device=model.device)
+    ids_BL, mask_BL = padded(list(places), "left", model.device)
     cache = DynamicCache(config=model.config)
     h_BLD = next_states(model, ids_BL, mask_BL, cache)
     cache.reorder_cache(which_B)
@@ -197,18 +196,24 @@ def draw(z_BV: Tensor, noise_B: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob under the distribution that drew it (greedy: the untempered one)."""
     if how.temperature == 0:
         token_B = z_BV.argmax(-1)
-        return token_B, z_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0]
-    if how.temperature != 1:
-        z_BV = z_BV / how.temperature
+        return token_B, picked(z_BV.log_softmax(-1), token_B)
+    z_BV = z_BV / how.temperature
     if how.top_p < 1:
-        p_BV, order = z_BV.softmax(-1).sort(descending=True)
-        beyond = p_BV.cumsum(-1) - p_BV >= how.top_p  # the mass before this token already suffices
-        z_BV = z_BV.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
+        p_BV, order_BV = z_BV.softmax(-1).sort(descending=True)
+        beyond_BV = p_BV.cumsum(-1) - p_BV >= how.top_p  # the mass before this token already suffices
+        beyond_BV = beyond_BV.scatter(1, order_BV, beyond_BV)
+        z_BV = z_BV.masked_fill(beyond_BV, -math.inf)
     logp_BV = z_BV.log_softmax(-1)
     cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
-    token_B = torch.searchsorted(cdf_BV, noise_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
-    token_B = token_B.clamp(max=z_BV.shape[1] - 1)
-    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
+    place_B = noise_B * cdf_BV[:, -1]
+    token_B = torch.searchsorted(cdf_BV, place_B[:, None], right=True)[:, 0]
+    token_B = token_B.clamp(max=cdf_BV.shape[1] - 1)
+    return token_B, picked(logp_BV, token_B)
+
+
+def picked(x_NV: Tensor, y_N: Tensor) -> Tensor:
+    """The entry of each row's token."""
+    return x_NV.gather(-1, y_N[:, None])[:, 0]
 
 
 def eos_ids_of(tokenizer: Any, *configs: Any) -> list:
@@ -235,7 +240,8 @@ def completion_states(model: nn.Module, pairs: list) -> Tensor:
         h_BD, mask_BL, cache = prefill(model, [prompt for prompt, _ in pairs])
         ids_BT, mask_BT = padded([y[:-1] or [0] for _, y in pairs], "right", model.device)
         h_BTD = next_states(model, ids_BT, torch.cat([mask_BL, mask_BT], 1), cache)
-        h_BLD, starts = torch.cat([h_BD[:, None], h_BTD], 1), [0] * len(pairs)
+        h_BLD = torch.cat([h_BD[:, None], h_BTD], 1)
+        starts = [0] * len(pairs)
     else:
         ids_BL, _ = padded([[*prompt, *y] for prompt, y in pairs], "right", model.device)
         h_BLD = hidden_states(model, input_ids=ids_BL, use_cache=False)
@@ -278,22 +284,21 @@ class Teacher:
     def update(self) -> None:
         """Follows the student after a step; only `ema` moves."""
         if self.kind == "ema":
-            theirs, ours = self.weights()
-            torch._foreach_lerp_(local(theirs), local(ours), self.rate)  # (1 - rate) teacher + rate student
+            theirs, ours = map(local, self.weights())
+            torch._foreach_lerp_(theirs, ours, self.rate)  # (1 - rate) teacher + rate student
 
     @torch.no_grad()
     def sync(self) -> None:
         """Becomes the student as it is now."""
-        theirs, ours = self.weights()
-        torch._foreach_copy_(local(theirs), local(ours))
+        theirs, ours = map(local, self.weights())
+        torch._foreach_copy_(theirs, ours)
 
     @torch.no_grad()
     def distance(self) -> float:
         """|teacher - student| / |student| over the trained weights; 0 for `live` and for another model."""
-        theirs, ours = self.weights()
-        gaps = torch._foreach_norm(torch._foreach_sub(local(theirs), local(ours))) if theirs else []
-        sizes = torch._foreach_norm(local(ours)) if theirs else []
-        n = self.run.sum(gap=sum(x.item() ** 2 for x in gaps), size=sum(x.item() ** 2 for x in sizes))
+        theirs, ours = map(local, self.weights())
+        gap = sum((p - q).norm().item() ** 2 for p, q in zip(theirs, ours, strict=True))
+        n = self.run.sum(gap=gap, size=sum(q.norm().item() ** 2 for q in ours))
         return math.sqrt(n["gap"] / n["size"]) if n["size"] else 0.0
 
     def weights(self) -> tuple[dict, dict]:
@@ -307,16 +312,18 @@ class Teacher:
 
 def check_teacher(student: str, teacher: str) -> None:
     """InputError unless both sides have the same ids for the same tokens, and one that ends an answer."""
-    ours, theirs = load_tokenizer(student), load_tokenizer(teacher, "--teacher")
-    both, ids, other_ids = f"--teacher {teacher} and --model {student}", ours.get_vocab(), theirs.get_vocab()
+    both = f"--teacher {teacher} and --model {student}"
+    tokenizer = load_tokenizer(student)
+    ids = tokenizer.get_vocab()
+    other_ids = load_tokenizer(teacher, "--teacher").get_vocab()
     if different := sorted((i, token) for token, i in ids.items() ^ other_ids.items()):
         token = different[0][1]
         gap = f"token {token!r} is {other_ids.get(token)} and {ids.get(token)}"
         raise InputError(f"{both} differ in vocabulary: {gap}; they must share one tokenizer")
     ends, other_ends = stop_ids(student), stop_ids(teacher, "--teacher")
     if not set(ends) & set(other_ends):
-        shown = [ours.convert_ids_to_tokens(found) for found in (other_ends, ends)]
-        raise InputError(f"{both} end answers with different tokens: {shown[0]} and {shown[1]}")
+        ends, other_ends = map(tokenizer.convert_ids_to_tokens, (ends, other_ends))
+        raise InputError(f"{both} end answers with different tokens: {other_ends} and {ends}")
     size, other_size = vocabulary_of(student), vocabulary_of(teacher, "--teacher")
     if size > other_size:
         advice = "use a larger teacher, or student.resize_token_embeddings"
@@ -373,6 +380,11 @@ class Head(NamedTuple):
             return torch.bfloat16 if self.bf16 else h.dtype
         return torch.promote_types(torch.promote_types(h.dtype, self.weight.dtype), torch.float32)
 
+    def ready(self, h: Tensor, V: int) -> Head:
+        """The head of the first V tokens, its weight converted for products with h."""
+        bias = None if self.bias is None else self.bias[:V]
+        return self._replace(weight=self.weight[:V].to(self.product_dtype(h)), bias=bias)
+
 
 class TopK(NamedTuple):
     """What a served teacher tells: log-probs of its K likeliest tokens and of y."""
@@ -388,7 +400,9 @@ class Objective(NamedTuple):
     divergence: Divergence = "forward_kl"  # formulas in `_divergence`
     support: Support = "full"  # the vocabulary, the top K of one side, or y alone (reverse KL only)
     topk: int = 100  # K
-    tail: bool = True  # top-k: one bucket holds the other tokens' mass; without it both sides renormalise
+    tail: bool = (
+        True  # top-k: one bucket holds the other tokens' mass; without, both sides renormalise (SD-Zero)
+    )
     beta: float = 0.5  # jsd: weight of the teacher and of its KL; mixed: weight of the forward KL
     is_cap: float = 0.0  # with behaviour log-probs: ratio min(p(y) / p_behaviour(y), is_cap); 0 is no cap
     clip: float = 0.0  # reverse KL: log p - log q, an advantage there, is clamped to +-clip; 0 is no clamp
@@ -403,22 +417,20 @@ class Objective(NamedTuple):
             what = "--support sampled" if self.support == "sampled" else f"a clip of {self.clip}"
             raise InputError(f"{what} needs --divergence reverse_kl, not {self.divergence}")
         if self.support.endswith("topk") and not 1 <= self.topk <= vocabulary:
-            raise InputError(
-                f"--topk {self.topk}: the vocabulary has {vocabulary} tokens; use --support full"
-            )
+            raise InputError(f"--topk {self.topk}: the vocabulary has {vocabulary} tokens (--support full)")
         if not 0 <= self.beta <= 1:
             raise InputError(f"--beta {self.beta}: expected a share from 0 to 1")
 
 
 class LossInputs(NamedTuple):
-    """What the loss depends on besides the student's hidden states."""
+    """What the loss is computed from."""
 
-    head: Head
-    teacher: list | TopK
+    sides: list  # (share, h_ND, head): of the student, then of each part of a local teacher
+    served: TopK | None
     y_N: Tensor
     weight_N: Tensor
-    objective: Objective
     behaviour_N: Tensor | None
+    objective: Objective
 
 
 def distill_loss(
@@ -439,125 +451,109 @@ def distill_loss(
     Heads padded to different sizes are cut to the smaller. Tokens of weight 0 cost nothing; their statistics
     are 0.
     """
-    sides = [] if isinstance(teacher, TopK) else [entry for entry in teacher if entry[0] != 0]
-    V = min([len(head.weight), *(len(other.weight) for _, _, other in sides)])
-    if isinstance(teacher, TopK) and objective.support not in ("teacher_topk", "sampled"):
+    served = teacher if isinstance(teacher, TopK) else None
+    if served and objective.support not in ("teacher_topk", "sampled"):
         raise InputError(f"--support {objective.support}: a served teacher has teacher_topk and sampled")
-    objective.check(V)
-    head, sides = cut(head, V), [(share, h, cut(other, V)) for share, h, other in sides]
-    teacher = teacher if isinstance(teacher, TopK) else sides
-    inputs, active = (
-        LossInputs(head, teacher, y_N, weight_N, objective, behaviour_N),
-        weight_N.nonzero()[:, 0],
-    )
-    loss, found = _DistillLoss.apply(h_ND, head.weight, head.bias, inputs, active, torch.is_grad_enabled())
-    stats = {name: torch.zeros(len(h_ND), device=h_ND.device) for name in STATS}
-    for stat, values in zip(stats.values(), found, strict=True):
-        stat[active] = values.float()
-    return loss, stats
-
-
-def cut(head: Head, rows: int) -> Head:
-    """The head of the first `rows` tokens; the same tensors when it has no more."""
-    if len(head.weight) == rows:
-        return head
-    return head._replace(weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])
+    sides = [(1.0, h_ND, head)]
+    if not served:
+        sides += teacher
+    objective.check(min(len(side.weight) for _, _, side in sides))
+    inputs = LossInputs(sides, served, y_N, weight_N, behaviour_N, objective)
+    loss, stats_SN = _DistillLoss.apply(h_ND, head.weight, head.bias, inputs)
+    return loss, dict(zip(STATS, stats_SN.float(), strict=True))
 
 
 class _DistillLoss(torch.autograd.Function):
-    """The loss and its gradients for (h, weight, bias) in one pass over the active tokens.
+    """The loss and its gradients for (h, weight, bias) in one pass over the tokens of weight above 0.
 
     Alive at once: one [chunk, V] buffer per head, in which the student's logits become their gradient, and
     temporaries of BLOCK entries. Per chunk: one product for each head, one for dh, and one added to dW.
     """
 
     @staticmethod
-    def forward(ctx, h_ND, weight, bias, inputs, active, grad_enabled):
-        head, (V, D) = inputs.head, weight.shape
-        W = weight.to(head.product_dtype(h_ND))
-        sides = [(h_ND, head._replace(weight=W))]
-        for _, h, other in [] if isinstance(inputs.teacher, TopK) else inputs.teacher:
-            W_t = W if other.weight is weight else other.weight.to(other.product_dtype(h))
-            sides.append((h, other._replace(weight=W_t)))
-        real = dict(dtype=torch.promote_types(W.dtype, torch.float32), device=weight.device)
-        chunk, rows = max(1, min(inputs.objective.chunk, len(active))), max(1, BLOCK[weight.device.type] // V)
-        buffers = [torch.empty(chunk, V, **real) for _ in sides]
-        found = torch.empty(1 + len(STATS), len(active), **real)
-        need_h, need_w, need_b = (need and grad_enabled for need in ctx.needs_input_grad[:3])
-        d_h = torch.zeros_like(h_ND) if need_h else None
-        d_w = torch.zeros(V, D, **real) if need_w else None
-        d_b = torch.zeros(V, **real) if need_b else None
+    def forward(ctx, h_ND, weight, bias, inputs):
+        V = min(len(head.weight) for _, _, head in inputs.sides)
+        hs = [h for _, h, _ in inputs.sides]
+        heads = [head.ready(h, V) for _, h, head in inputs.sides]
+        W, bf16 = heads[0].weight, heads[0].bf16
+        active = inputs.weight_N.nonzero()[:, 0]
+        chunk = min(inputs.objective.chunk, len(active))
+        rows = max(1, BLOCK[W.device.type] // V)
+        new = partial(torch.zeros, dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
+        buffer_SNV = new(len(heads), chunk, V)
+        loss_N, stats_SN = new(len(h_ND)), new(len(STATS), len(h_ND))
+        _, need_w, need_b, _ = ctx.needs_input_grad
+        d_h = torch.zeros_like(h_ND)
+        d_w = new(weight.shape) if need_w else None
+        d_b = new(bias.shape) if need_b else None
 
-        for start in range(0, len(active), chunk):
-            at, found_here = active[start : start + chunk], found[:, start : start + chunk]
-            hs, products = [h[at].to(side.weight.dtype) for h, side in sides], []
-            for h, (_, side), buffer in zip(hs, sides, buffers, strict=True):
-                products.append(_matmul(h, side.weight.t(), side.bf16, out=buffer[: len(at)]))
-            for i in range(0, len(at), rows):
-                block = slice(i, i + rows)
-                z, *ts = [side.finish(a[block]) for (_, side), a in zip(sides, products, strict=True)]
-                d_z, values = _token_losses(z, ts, at[block], inputs)
-                torch.mul(d_z, head.slope(z), out=products[0][block])
-                found_here[:, block] = torch.stack(values)
-            g = products[0].to(W.dtype)
-            if need_h:
-                d_h[at] = _matmul(g, W, head.bf16).to(d_h.dtype)
+        for at in active.split(chunk):
+            products = buffer_SNV[:, : len(at)]
+            for h, head, out in zip(hs, heads, products, strict=True):
+                _matmul(h[at].to(head.weight.dtype), head.weight.t(), head.bf16, out)
+            # The gradient of the logits takes the place of the student's product.
+            for n, block in zip(at.split(rows), products.split(rows, 1), strict=True):
+                z, *ts = [head.finish(a) for head, a in zip(heads, block, strict=True)]
+                d_z, loss_N[n], stats = _token_losses(z, ts, n, inputs)
+                stats_SN[:, n] = torch.stack(stats)
+                torch.mul(d_z, heads[0].slope(z), out=block[0])
+            d_product = products[0].to(W.dtype)
+            d_h[at] = _matmul(d_product, W, bf16).to(d_h.dtype)
             if need_w:
-                _matmul(g.t(), hs[0], head.bf16, add_to=d_w)
+                _matmul(d_product.t(), h_ND[at].to(W.dtype), bf16, d_w[:V], add=True)
             if need_b:
-                d_b += products[0].sum(0)
+                d_b[:V] += products[0].sum(0)
 
-        grads = [d_h, d_w.to(weight.dtype) if need_w else None, d_b.to(bias.dtype) if need_b else None]
-        ctx.save_for_backward(*grads)
-        ctx.set_materialize_grads(False)
-        stats = found[1:].clone()
-        ctx.mark_non_differentiable(stats)
-        return found[0].sum(), stats
+        ctx.save_for_backward(d_h, d_w, d_b)  # autograd converts them to the dtypes of the inputs
+        ctx.mark_non_differentiable(stats_SN)
+        return loss_N[active].sum(), stats_SN
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
-        return *(None if grad is None else grad.mul_(d_loss) for grad in ctx.saved_tensors), None, None, None
+        return *(None if grad is None else grad.mul_(d_loss) for grad in ctx.saved_tensors), None
 
 
-def _token_losses(z: Tensor, others: list, n: Tensor, inputs: LossInputs) -> tuple[Tensor, list]:
-    """d loss / d logits and [loss, *STATS] of the tokens n, from the student's logits z and the teacher's."""
-    objective, served, y = inputs.objective, inputs.teacher, inputs.y_N[n, None]
+def _token_losses(z: Tensor, ts: list, n: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor, list]:
+    """d loss / d z, loss and STATS of the tokens n. Logits: z of the student, ts of the teacher's parts."""
+    objective, served, y = inputs.objective, inputs.served, inputs.y_N[n]
     log_p, p = _log_softmax(z), z.softmax(-1)
-    logp = log_p.gather(-1, y)[:, 0]
-    if others:
-        served, t = None, others[0]
-        if inputs.teacher[0][0] != 1:
-            t = sum(share * other for (share, _, _), other in zip(inputs.teacher, others, strict=True))
+    logp = picked(log_p, y)
+    if served:
+        log_q, teacher_logp = None, served.logp_N[n]
+    else:
+        shares = [share for share, _, _ in inputs.sides[1:]]
+        t = ts[0] if shares == [1] else sum(map(torch.mul, ts, shares))
         log_q = _log_softmax(t)
-    teacher_logp = served.logp_N[n] if served else log_q.gather(-1, y)[:, 0]
+        teacher_logp = picked(log_q, y)
     mass_p = mass_q = ratio = torch.ones_like(logp)
     if inputs.behaviour_N is not None:
         ratio = (logp - inputs.behaviour_N[n]).exp().clamp(max=objective.is_cap or math.inf)
 
     if objective.support == "full":
-        D, grad = _divergence(log_p, p, log_q, t.softmax(-1), objective)
+        D, d_z = _divergence(log_p, p, log_q, t.softmax(-1), objective)
     elif objective.support == "sampled":
         # The log-ratio is used as an advantage; its own gradient has mean 0.
         D = _clipped(logp - teacher_logp, objective.clip)
-        grad = D[:, None] * p.neg().scatter_add_(-1, y, torch.ones_like(p[:, :1]))  # d log p(y) / dz
+        d_logp = p.neg().scatter_add_(-1, y[:, None], torch.ones_like(p[:, :1]))  # one-hot(y) - p
+        d_z = D[:, None] * d_logp
     else:
         if served:
-            kept, log_qK, log_q = served.ids_NK[n], served.logps_NK[n].to(z.dtype), None
+            kept, log_qK = served.ids_NK[n], served.logps_NK[n].to(z.dtype)
         else:
             ranked = z if objective.support == "student_topk" else t
             kept = ranked.topk(objective.topk, sorted=False).indices
             log_qK = log_q.gather(-1, kept)
-        mass_p, mass_q = log_p.gather(-1, kept).exp().sum(-1), log_qK.exp().sum(-1)
-        D, grad = _divergence_on(kept, log_p, log_qK, log_q, objective)
+        mass_p = log_p.gather(-1, kept).exp().sum(-1)
+        mass_q = log_qK.exp().sum(-1)
+        D, d_z = _topk_divergence(kept, log_p, log_qK, log_q, objective)
 
-    factor, entropy = (inputs.weight_N[n] * ratio).to(z.dtype), -(p * log_p).sum(-1)
-    return grad.mul_(factor[:, None]), [factor * D, D, logp, teacher_logp, entropy, mass_p, mass_q, ratio]
+    factor = (inputs.weight_N[n] * ratio).to(z.dtype)
+    entropy = -(p * log_p).sum(-1)
+    return d_z.mul_(factor[:, None]), factor * D, [D, logp, teacher_logp, entropy, mass_p, mass_q, ratio]
 
 
-def _divergence(
-    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor]:
+def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, objective: Objective) -> tuple:
     """D(student p, teacher q) over the last dimension, and dD/dz, z the student's logits, p = softmax(z).
 
     forward_kl  KL(q||p)                            p - q
@@ -578,17 +574,16 @@ def _divergence(
             log_m = torch.lerp(p, q, beta).log_().clamp_(min=LOG_ZERO)
             pr = p * (log_p - log_m)
             kl_pm = pr.sum(-1)
-            D = beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * kl_pm
+            kl_qm = (q * (log_q - log_m)).sum(-1)
+            D = beta * kl_qm + (1 - beta) * kl_pm
             return D, torch.addcmul(pr, p, kl_pm[:, None], value=-1).mul_(1 - beta)
         case "mixed":
-            forward = _divergence(log_p, p, log_q, q, Objective("forward_kl"))
-            reverse = _divergence(log_p, p, log_q, q, Objective("reverse_kl"))
-            return torch.lerp(reverse[0], forward[0], beta), torch.lerp(reverse[1], forward[1], beta)
+            forward, d_forward = _divergence(log_p, p, log_q, q, Objective("forward_kl"))
+            reverse, d_reverse = _divergence(log_p, p, log_q, q, Objective("reverse_kl"))
+            return torch.lerp(reverse, forward, beta), torch.lerp(d_reverse, d_forward, beta)
 
 
-def _divergence_on(
-    kept: Tensor, log_p: Tensor, log_qK: Tensor, log_q: Tensor | None, objective: Objective
-) -> tuple:
+def _topk_divergence(kept: Tensor, log_p: Tensor, log_qK: Tensor, log_q: Any, objective: Objective) -> tuple:
     """`_divergence` on the kept tokens, plus one bucket for all others (tail) or renormalised.
 
     The bucket's log-mass is summed over its tokens (1 - kept would cancel); its gradient is the softmax among
@@ -596,19 +591,23 @@ def _divergence_on(
     epsilon.
     """
     log_pK = log_p.gather(-1, kept)
-    if not objective.tail:
-        log_pK, log_qK = log_pK.log_softmax(-1), log_qK.log_softmax(-1)
-        D, grad_K = _divergence(log_pK, log_pK.exp(), log_qK, log_qK.exp(), objective)
-        return D, torch.zeros_like(log_p).scatter_(-1, kept, grad_K)
-    outside_p = log_p.scatter(-1, kept, LOG_ZERO)
-    if log_q is None:
-        outside_q = (1 - log_qK.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(torch.float32).eps).log()
+    if objective.tail:
+        others_p = log_p.scatter(-1, kept, LOG_ZERO)
+        tail_p = others_p.logsumexp(-1, keepdim=True)
+        if log_q is None:
+            rest_q = 1 - log_qK.exp().sum(-1, keepdim=True)
+            tail_q = rest_q.clamp(min=torch.finfo(torch.float32).eps).log()
+        else:
+            tail_q = log_q.scatter(-1, kept, LOG_ZERO).logsumexp(-1, keepdim=True)
+        log_pK = torch.cat([log_pK, tail_p], -1)
+        log_qK = torch.cat([log_qK, tail_q], -1)
     else:
-        outside_q = log_q.scatter(-1, kept, LOG_ZERO)
-    log_pK = torch.cat([log_pK, outside_p.logsumexp(-1, keepdim=True)], -1)
-    log_qK = torch.cat([log_qK, outside_q.logsumexp(-1, keepdim=True)], -1)
-    D, grad_K = _divergence(log_pK, log_pK.exp(), log_qK, log_qK.exp(), objective)
-    return D, outside_p.softmax(-1).mul_(grad_K[:, -1:]).scatter_(-1, kept, grad_K[:, :-1])
+        log_pK = log_pK.log_softmax(-1)
+        log_qK = log_qK.log_softmax(-1)
+    D, d_zK = _divergence(log_pK, log_pK.exp(), log_qK, log_qK.exp(), objective)
+    if not objective.tail:
+        return D, torch.zeros_like(log_p).scatter_(-1, kept, d_zK)
+    return D, others_p.softmax(-1).mul_(d_zK[:, -1:]).scatter_(-1, kept, d_zK[:, :-1])
 
 
 def token_logps(h_ND: Tensor, head: Head, y_N: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
@@ -616,18 +615,18 @@ def token_logps(h_ND: Tensor, head: Head, y_N: Tensor, chunk: int = 512) -> tupl
 
     Logits are computed in chunks, and again in the backward pass, so memory does not grow with tokens x V.
     """
-    parts = zip(h_ND.split(chunk), y_N.split(chunk), strict=True)
-    found = [
-        checkpoint(_chunk_logps, h, head, y, use_reentrant=False, preserve_rng_state=False) for h, y in parts
-    ]
+    found = []
+    for h, y in zip(h_ND.split(chunk), y_N.split(chunk), strict=True):
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        found.append(checkpoint(_chunk_logps, h, head, y, **options))
     logps, entropies = zip(*found, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 
 
 def _chunk_logps(h: Tensor, head: Head, y: Tensor) -> tuple[Tensor, Tensor]:
     log_p = head.logits(h).log_softmax(-1).clamp(min=LOG_ZERO)
-    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
-    return log_p.gather(-1, y[:, None])[:, 0], entropy
+    fixed = log_p.detach()
+    return picked(log_p, y), -(fixed.exp() * fixed).sum(-1)
 
 
 class _Product(torch.autograd.Function):
@@ -642,24 +641,25 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_z):
         h, weight = ctx.saved_tensors
-        g, (need_h, need_w, _) = d_z.to(weight.dtype), ctx.needs_input_grad
+        need_h, need_w, _ = ctx.needs_input_grad
+        g = d_z.to(weight.dtype)
+        d_h = _matmul(g, weight, ctx.bf16).to(h.dtype) if need_h else None
         d_w = _matmul(g.t(), h, ctx.bf16).to(weight.dtype) if need_w else None
-        return _matmul(g, weight, ctx.bf16).to(h.dtype) if need_h else None, d_w, None
+        return d_h, d_w, None
 
 
-def _matmul(
-    a: Tensor, b: Tensor, bf16: bool, out: Tensor | None = None, add_to: Tensor | None = None
-) -> Tensor:
-    """a @ b summed in float32 or better, into `out` or added to `add_to`. Autocast would round the result.
+def _matmul(a: Tensor, b: Tensor, bf16: bool, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a @ b summed in float32 or better, put into `out` or added to it. Autocast would round the result.
 
     With `bf16` torch may round float32 factors to bf16 on a CPU. It then uses oneDNN, about twice as fast.
     """
     kept = {} if a.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
     on_cpu = torch.backends.mkldnn.matmul
-    before, on_cpu.fp32_precision = on_cpu.fp32_precision, "bf16" if bf16 else "ieee"
+    before = on_cpu.fp32_precision
+    on_cpu.fp32_precision = "bf16" if bf16 else "ieee"
     with torch.autocast(a.device.type, enabled=False):
-        if add_to is not None:
-            product = torch.addmm(add_to, a, b, out=add_to, **kept)
+        if add:
+            product = torch.addmm(out, a, b, out=out, **kept)
         else:
             product = torch.mm(a, b, out=out, **kept)
     on_cpu.fp32_precision = before

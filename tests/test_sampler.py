@@ -11,22 +11,8 @@ from conftest import make_model, run_here
 from transformers import GenerationConfig
 
 import common
-from common import (
-    EVAL_STREAM,
-    TRAIN_STREAM,
-    InputError,
-    Rollout,
-    Run,
-    Sampler,
-    Sampling,
-    completion_states,
-    draw,
-    head_of,
-    load_model,
-    make_optimizer,
-    optimizer_step,
-    uniforms,
-)
+from common import EVAL_STREAM, TRAIN_STREAM, InputError, Rollout, Run, Sampler, Sampling
+from common import completion_states, draw, head_of, load_model, make_optimizer, optimizer_step
 
 PROMPTS = [[3, 20, 21, 5, 4], [3, 22, 5, 4], [3, 30, 31, 32, 33, 34, 5, 4], [3, 22, 5, 4], [3, 25, 26, 5, 4]]
 KEYS = [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0)]
@@ -66,10 +52,15 @@ def same(rollouts, others):
         assert a.logps == pytest.approx(b.logps, abs=1e-5)
 
 
+def many(times):
+    """Prompts and keys of several samples a row."""
+    return PROMPTS * times, [(row, sample) for sample in range(times) for row in range(5)]
+
+
 @pytest.mark.parametrize("sample_batch", [1, 2])
 def test_a_rollout_is_the_same_alone_and_in_any_batch(model, sampler, sample_batch):
     """Trap 16; finished rows leave the batch at different times, prompts have different lengths."""
-    prompts, keys = PROMPTS * 6, [(row, sample) for sample in range(6) for row in range(5)]
+    prompts, keys = many(6)
     together = sampler(model, prompts, keys, STREAM, FREE)
     assert len({len(y.ids) for y in together}) > 2
     same(Sampler(make_run(sample_batch=sample_batch), model)(model, prompts, keys, STREAM, FREE), together)
@@ -78,25 +69,23 @@ def test_a_rollout_is_the_same_alone_and_in_any_batch(model, sampler, sample_bat
     assert sampler(model, [], [], STREAM, FREE) == []
 
 
-def test_rows_samples_and_streams_have_random_numbers_of_their_own(model, sampler):
-    keys = [(1, 0), (1, 1), (3, 0), (3, 1)]
-    prompts = [PROMPTS[1]] * 4
-    texts = [tuple(y.ids) for y in sampler(model, prompts, keys, STREAM, FREE)]
-    assert len(set(texts)) == 4
-    for stream in ((TRAIN_STREAM, 6), (EVAL_STREAM, 5)):
-        assert not set(texts) & {tuple(y.ids) for y in sampler(model, prompts, keys, stream, FREE)}
-    other = Sampler(make_run(seed=4), model)(model, prompts, keys, STREAM, FREE)
-    assert not set(texts) & {tuple(y.ids) for y in other}
+def test_rows_samples_streams_and_seeds_have_random_numbers_of_their_own(model, sampler):
+    prompts, keys = [PROMPTS[1]] * 4, [(1, 0), (1, 1), (3, 0), (3, 1)]
+    texts = {tuple(y.ids) for y in sampler(model, prompts, keys, STREAM, FREE)}
+    assert len(texts) == 4
+    other_seed = Sampler(make_run(seed=4), model)
+    for one, stream in ((sampler, (TRAIN_STREAM, 6)), (sampler, (EVAL_STREAM, 5)), (other_seed, STREAM)):
+        assert not texts & {tuple(y.ids) for y in one(model, prompts, keys, stream, FREE)}
 
 
-def test_a_position_has_its_random_number_whatever_the_limit():
-    assert (uniforms((0, 1, 2), 4)[:2] == uniforms((0, 1, 2), 2)).all()
+def test_a_position_has_its_random_number_whatever_the_limit(model, sampler):
+    long, short = (sampler(model, PROMPTS, KEYS, STREAM, Sampling(limit)) for limit in (12, 3))
+    assert [y.ids[:3] for y in long] == [y.ids for y in short] and any(len(y.ids) > 3 for y in long)
 
 
 def test_greedy_equals_generate(model, sampler):
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=12, eos_token_id=sampler.eos.tolist(), pad_token_id=0
-    )
+    eos = sampler.eos.tolist()
+    config = GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=eos, pad_token_id=0)
     for prompt, y in zip(PROMPTS, sampler(model, PROMPTS, KEYS, STREAM, GREEDY), strict=True):
         mask = torch.ones(1, len(prompt), dtype=torch.long)
         theirs = model.generate(torch.tensor([prompt]), attention_mask=mask, generation_config=config)
@@ -127,15 +116,12 @@ def test_any_eos_ends_a_completion_and_stays_in_it(model, monkeypatch):
     sampler = Sampler(make_run(), model)
     ends = set(sampler.eos.tolist())
     assert ends == {5, 25, *named}
-    prompts, keys = PROMPTS * 12, [(row, sample) for sample in range(12) for row in range(5)]
-    rollouts = sampler(model, prompts, keys, STREAM, FREE)
+    rollouts = sampler(model, *many(12), STREAM, FREE)
     for y in rollouts:
         assert not ends & set(y.ids[:-1]) and y.finished == (y.ids[-1] in ends) and len(y.ids) == len(y.logps)
         assert y.finished or len(y.ids) == 12
-    assert len({y.ids[-1] for y in rollouts if y.finished}) > 2 and {y.finished for y in rollouts} == {
-        True,
-        False,
-    }
+    assert len({y.ids[-1] for y in rollouts if y.finished}) > 2
+    assert {y.finished for y in rollouts} == {True, False}
 
 
 def test_the_beginning_of_a_longer_turn_has_no_eos():
@@ -162,7 +148,7 @@ def test_equal_prompts_and_each_token_are_read_once(model, sampler, monkeypatch)
 
     monkeypatch.setattr(model, "read", counted)
     rollouts = sampler(model, [PROMPTS[0]] * 6, [(0, sample) for sample in range(6)], STREAM, FREE)
-    assert rows[0] == 1 and rows[1] > 1
+    assert rows[0] == 1 and rows[1:] == [sum(len(y.ids) > t for y in rollouts) for t in range(1, len(rows))]
     assert len(rows) == max(len(y.ids) for y in rollouts)  # nothing is read after the last token
 
 
@@ -198,14 +184,13 @@ def test_draw_never_leaves_the_support_at_the_edges():
     token, logp = draw(z, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64), FREE)
     assert token.tolist() == [1, 3] and logp.isfinite().all()
     z = torch.randn(500, 50, generator=torch.Generator().manual_seed(0))
-    token, _ = draw(z, torch.full((500,), 1.0 - 2**-53, dtype=torch.float64), FREE)
-    assert (token == 49).all()
-    z[:, -1] = -torch.inf
-    token, _ = draw(z, torch.full((500,), 1.0 - 2**-40, dtype=torch.float64), FREE)
-    assert (token == 48).all()
+    for largest, last in ((1.0 - 2**-53, 49), (1.0 - 2**-40, 48)):
+        token, _ = draw(z, torch.full((500,), largest, dtype=torch.float64), FREE)
+        assert (token == last).all()
+        z[:, -1] = -torch.inf
 
 
-# ---- The other engine, where it is not installed or does not fit (with it: test_vllm.py)
+# The other engine, where it is not installed or does not fit (with it: test_vllm.py).
 
 
 @pytest.mark.parametrize(
@@ -218,9 +203,7 @@ def test_draw_never_leaves_the_support_at_the_edges():
         ((0, 32, 1), "--engine-cache-gib 0", "--engine-cache-gib 0: expected a number above 0"),
     ],
 )
-def test_an_engine_that_cannot_start_is_refused_before_a_model_loads(
-    version, flags, message, tiny, tmp_path, monkeypatch
-):
+def test_an_engine_that_cannot_start_is_refused_before_a_model_loads(version, flags, message, tiny, tmp_path, monkeypatch):
     spec = importlib.util.find_spec
 
     def find_spec(name, *rest):
@@ -246,8 +229,9 @@ def test_every_optimiser_step_counts_as_a_write():
     assert all(p._version > count for p, count in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("first_process", [True, False])
 @pytest.mark.parametrize("sample_batch", [1, 64])
-def test_the_bar_counts_the_answers_and_is_shown_by_the_first_process_alone(model, sample_batch, monkeypatch):
+def test_the_bar_counts_the_answers_and_is_shown_by_the_first_process_alone(first_process, model, sample_batch, monkeypatch):
     bars = []
 
     class Bar(common.tqdm):
@@ -262,7 +246,7 @@ def test_the_bar_counts_the_answers_and_is_shown_by_the_first_process_alone(mode
 
     monkeypatch.setattr(common, "tqdm", Bar)
     sampler = Sampler(make_run(sample_batch=sample_batch), model)
-    for first_process in (True, False):
-        sampler.run.main = first_process
-        sampler(model, PROMPTS, KEYS, STREAM, Sampling(4))
-    assert [(bar.counted, bar.hidden, bar.leave) for bar in bars] == [(5, False, False), (5, True, False)]
+    sampler.run.main = first_process
+    rollouts = sampler(model, *many(12), STREAM, FREE)
+    assert {y.finished for y in rollouts} == {True, False}
+    assert [(bar.counted, bar.hidden, bar.leave) for bar in bars] == [(60, not first_process, False)]
