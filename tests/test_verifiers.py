@@ -244,7 +244,7 @@ CUT = (
     "response length. Try again with a shorter response."
 )
 LAST = "\n\nLast Executed Input\n"
-DIVIDES = "import sys\nprint('noise', file=sys.stderr)\ndef g(x): return 1 // x\na, b = map(int, input().split())\ng(a - 30)\nprint(a + b)"
+DIVIDES = "import sys\nprint('noise' * 99, file=sys.stderr)\ndef g(x): return 1 // x\na, b = map(int, input().split())\ng(a - 30)\nprint(a + b)"
 DIVIDED = "ZeroDivisionError: integer division or modulo by zero\nLine 5 in <module> (solution.py)\nLine 3 in g (solution.py)"
 
 
