@@ -29,7 +29,6 @@ import inspect
 import json
 import math
 import os
-import queue
 import re
 import shlex
 import shutil
@@ -39,7 +38,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -2045,6 +2044,14 @@ def revise(run: Run, sampler: Sampler, model: nn.Module, how: Sampling, reviser:
 # ---- 7. Verifiers: completion -> reward in [0, 1], and feedback
 
 SOLVED = 0.5  # an attempt counts as solved when its reward is at least this
+START_SECONDS = 10  # for Python and the sandbox to start, beyond the time for the tests
+NO_BOX = r"Your answer had the wrong format. The solution must be given in the format: \boxed{your_answer}."
+CUT_MATH = "Your response was truncated because it exceeded the maximum length."
+NO_CODE = "Incorrect Format: Put your code inside a ```python ... ``` block."
+CUT_CODE = (
+    "Truncated Attempt: Your previous response was too long and truncated because it reached the maximum "
+    "response length. Try again with a shorter response."
+)
 
 
 def answer_of(completion: str) -> str:
@@ -2054,16 +2061,14 @@ def answer_of(completion: str) -> str:
     with or without their special tokens.
     """
     if "<|channel|>" in completion:
-        final = completion.rpartition("<|channel|>final<|message|>")
-        return re.split(r"<\|return\|>|<\|end\|>", final[2])[0] if final[1] else ""
+        _, found, final = completion.rpartition("<|channel|>final<|message|>")
+        return re.split(r"<\|return\|>|<\|end\|>", final)[0] if found else ""
     if completion.startswith("analysis") and "assistantfinal" in completion:
         return completion.rpartition("assistantfinal")[2]
-    *thoughts, last = re.split(r"</think>\s*", completion)
-    kept = ""
-    for text in thoughts:
-        before, opened, _ = text.partition("<think>")
-        kept = kept + before if opened else ""
-    return "" if "<think>" in last else kept + last
+    if "<think>" in completion.rpartition("</think>")[2]:
+        return ""
+    spoken = re.sub(r"<think>.*?</think>\s*", "", completion, flags=re.DOTALL)
+    return re.split(r"</think>\s*", spoken)[-1]
 
 
 def exact(completion: str, row: dict) -> float:
@@ -2097,16 +2102,10 @@ def merge_inputs(texts: Iterable[Any]) -> dict:
     """The JSON objects among `texts`, merged in order; anything else is skipped."""
     merged: dict = {}
     for text in texts:
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
             value = json.loads(text) if isinstance(text, str) else text
-            merged.update(value if isinstance(value, dict) else {})
+            merged = {**merged, **value}
     return merged
-
-
-MATH_FORMAT = (
-    r"Your answer had the wrong format. The solution must be given in the format: \boxed{your_answer}."
-)
-MATH_CUT = "Your response was truncated because it exceeded the maximum length."
 
 
 def math_answer(completion: str, row: dict) -> tuple[float, str]:
@@ -2121,19 +2120,19 @@ def math_answer(completion: str, row: dict) -> tuple[float, str]:
     if answer is None and row.get("answer_from") == "text":
         answer = stated_answer(text)
     if answer is None:
-        return 0.0, MATH_CUT if row.get("truncated") else MATH_FORMAT
+        return 0.0, CUT_MATH if row.get("truncated") else NO_BOX
     answer = answer.rstrip(".")
     return float(answer == gold or same_mathematics(gold, answer)), ""
 
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...}, with nested and escaped braces; None if it never closes."""
-    boxes = list(re.finditer(r"\\boxed\s*\{", text))
-    start, depth = boxes[-1].end() if boxes else len(text), 1
-    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+    _, *boxes = re.split(r"\\boxed\s*\{", text)
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", boxes[-1] if boxes else "", re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start : start + brace.start()].strip()
+            return boxes[-1][: brace.start()].strip()
     return None
 
 
@@ -2147,57 +2146,47 @@ def stated_answer(text: str) -> str | None:
 
 
 # math-verify limits its time with SIGALRM, which needs a main thread and cannot interrupt one multiplication.
-# It therefore runs in worker processes, which the kernel ends after 10 s of CPU time on one answer.
+# It runs in worker processes instead: an error, or 10 s of CPU time on one answer, ends the worker.
 MATH_WORKER = r"""
-import json, re, resource, signal, sys
+import contextlib, json, re, resource, signal, sys
 from math_verify import parse, verify
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+
+with contextlib.suppress(ValueError):    # macOS cannot limit memory
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+print("ready", flush=True)
 for line in sys.stdin:
     signal.setitimer(signal.ITIMER_PROF, 10)
-    try:
-        texts = [re.sub(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi", text) for text in json.loads(line)]
-        same = verify(*(parse("\\boxed{" + text + "}") for text in texts))
-    except Exception:
-        same = False
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    print(int(same), flush=True)
+    texts = [re.sub(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi", text) for text in json.loads(line)]
+    print(verify(*(parse("\\boxed{" + text + "}") for text in texts)), flush=True)
 """
-idle_math_workers: queue.SimpleQueue = queue.SimpleQueue()
+idle_math_workers: list[subprocess.Popen] = []
 
 
 def same_mathematics(gold: str, answer: str) -> bool:
     """Whether math-verify finds both equal; False if it fails or is too slow. InputError if it is missing."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise InputError("--verifier math needs math-verify: pip install math-verify")
     try:
-        worker = idle_math_workers.get_nowait()
-    except queue.Empty:
+        worker = idle_math_workers.pop()
+    except IndexError:
         worker = start_process([sys.executable, "-I", "-c", MATH_WORKER])
+        if worker.stdout.readline() != b"ready\n":
+            raise InputError("--verifier math needs math-verify: pip install math-verify") from None
     verdict = b""
     with contextlib.suppress(BrokenPipeError):
         worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
         worker.stdin.flush()
         verdict = worker.stdout.readline()
     if verdict:
-        idle_math_workers.put(worker)
+        idle_math_workers.append(worker)
     else:
-        worker.kill()
         worker.communicate()
-    return verdict == b"1\n"
+    return verdict == b"True\n"
 
 
-def start_process(command: list[str], folder: str | None = None) -> subprocess.Popen:
+def start_process(command: list[str], cwd: str | None = None) -> subprocess.Popen:
     """A process with its own process group and without our environment."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     environment = {"OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
-
-
-CODE_FORMAT = "Incorrect Format: Put your code inside a ```python ... ``` block."
-CODE_CUT = (
-    "Truncated Attempt: Your previous response was too long and truncated because it reached the maximum "
-    "response length. Try again with a shorter response."
-)
+    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
 
 
 def code(completion: str, row: dict, unsafe: bool = False) -> tuple[float, str]:
@@ -2212,11 +2201,11 @@ def code(completion: str, row: dict, unsafe: bool = False) -> tuple[float, str]:
     inputs, outputs = tests["inputs"], tests["outputs"]
     program = find_program(answer_of(completion), row.get("block", "longest"))
     if program is None:
-        return 0.0, CODE_CUT if row.get("truncated") else CODE_FORMAT
+        return 0.0, CUT_CODE if row.get("truncated") else NO_CODE
     runs = run_program(program, tests, unsafe)
-    end, _, trace = runs[-1]
+    end, text = runs[-1]
     if end != "ok":
-        title = f"Runtime Error\n{clip(trace)}" if end == "error" else "Time Limit Exceeded"
+        title = f"Runtime Error\n{clip(text)}" if end == "error" else "Time Limit Exceeded"
         return 0.0, f"{title}\n\nLast Executed Input\n{clip(inputs[len(runs) - 1], lines=8)}"
     wrong = [i for i, run in enumerate(runs) if not outputs_agree(tests["testtype"], run[1], outputs[i])]
     cases = []
@@ -2230,12 +2219,12 @@ def read_tests(row: dict) -> dict:
     """row["tests"] as a dict, checked; InputError if it cannot be used."""
     try:
         tests = json.loads(row["tests"]) if isinstance(row["tests"], str) else dict(row["tests"])
+        limit = tests["time_limit"] = float(tests.get("time_limit") or 6)
         tests["inputs"], tests["outputs"] = list(tests["inputs"]), list(tests["outputs"])
-        tests["time_limit"] = float(tests.get("time_limit") or 6)
-        usable = len(tests["inputs"]) == len(tests["outputs"]) > 0 and 0 < tests["time_limit"] < 3600
-        usable = usable and all(isinstance(text, str) for text in tests["inputs"] + tests["outputs"])
-        named = tests["testtype"] == "stdin" or isinstance(tests.get("fn_name"), str)
-        if not (usable and named and tests["testtype"] in ("stdin", "functional")):
+        paired = len(tests["inputs"]) == len(tests["outputs"]) > 0
+        texts = all(isinstance(text, str) for text in tests["inputs"] + tests["outputs"])
+        named = {"stdin": True, "functional": isinstance(tests.get("fn_name"), str)}[tests["testtype"]]
+        if not (paired and texts and named and 0 < limit < 3600):
             raise ValueError("these columns do not go together")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         wanted = "as many inputs as outputs, all texts, and testtype stdin, or functional with fn_name"
@@ -2271,11 +2260,8 @@ def outputs_agree(kind: str, output: str, expected: str) -> bool:
         return False
 
 
-START_SECONDS = 10  # for Python and the sandbox to start, beyond the time for the tests
-
-
-def run_program(program: str, tests: dict, unsafe: bool) -> list[tuple[str, str, str]]:
-    """(ok | error | timeout, output, traceback) for each input, up to the first that is not ok.
+def run_program(program: str, tests: dict, unsafe: bool) -> list[tuple[str, str]]:
+    """(ok, output), (error, traceback) or (timeout, "") for each input, up to the first that is not ok.
 
     Limits: 1 GiB of memory per process, 4 MiB per file and output, 64 descriptors, `time_limit` per test and
     ten tests' worth in total; then the process group is killed. The environment is empty. In the sandbox
@@ -2285,28 +2271,22 @@ def run_program(program: str, tests: dict, unsafe: bool) -> list[tuple[str, str,
     running. Use a virtual machine if programs may be hostile rather than just wrong.
     """
     command = [*([] if unsafe else sandbox_command()), sys.executable, "-I", "-B", "-X", "utf8", "-c", RUNNER]
-    given = {key: tests.get(key) for key in ("inputs", "testtype", "fn_name", "time_limit")}
-    job = json.dumps({**given, "program": program, "sandboxed": not unsafe}).encode()
-    seconds = tests["time_limit"] * min(len(tests["inputs"]), 10) + START_SECONDS
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        start_process(command, folder) as child,
-    ):
+    job = {key: tests.get(key) for key in ("inputs", "testtype", "fn_name", "time_limit")}
+    job["program"] = program
+    seconds = 11 * tests["time_limit"] + START_SECONDS  # the runner stops after 10 or 11 tests' worth
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cwd, start_process(command, cwd) as child:
         try:
-            printed = child.communicate(job, timeout=seconds)[0]
-        except subprocess.TimeoutExpired as error:
-            printed = error.output or b""
+            printed = child.communicate(json.dumps(job).encode(), timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            printed = b""
         finally:
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
     runs = []
-    for line in printed.split(b"\n")[: len(tests["inputs"])]:
-        with contextlib.suppress(ValueError, RecursionError):
-            match json.loads(line):
-                case [("ok" | "error" | "timeout") as end, str(output), str(trace)]:
-                    runs.append((end, output, trace))
+    with contextlib.suppress(ValueError, TypeError, RecursionError):  # nothing, or a program's junk
+        runs = [(end, str(text)) for end, text in json.loads(printed)][: len(tests["inputs"])]
     finished = len(runs) == len(tests["inputs"]) or (runs and runs[-1][0] != "ok")
-    return runs if finished else [*runs, ("timeout", "", "")]
+    return runs if finished else [*runs, ("timeout", "")]
 
 
 def sandbox_command() -> list[str]:
@@ -2322,10 +2302,8 @@ def sandbox_command() -> list[str]:
         for part in ("bin", "lib", "lib64", "pyvenv.cfg"):
             command += ["--ro-bind-try", f"{prefix}/{part}", f"{prefix}/{part}"]
     # If we run as root, the program's user owns /proc/sys: /proc must be read-only as well.
-    mounts = (
-        "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro / --chdir /tmp/program"
-    )
-    return command + mounts.split()
+    command += "--proc /proc --remount-ro /proc --dev /dev --remount-ro /dev --remount-ro /".split()
+    return [*command, "--chdir", "/tmp/program"]
 
 
 def check_sandbox() -> None:
@@ -2342,7 +2320,7 @@ def check_sandbox() -> None:
 
 # Runs in the sandbox: one process that forks once per input. The child runs the program under the limits.
 RUNNER = r"""
-import contextlib, ctypes, json, os, resource, signal, sys, tempfile, time, traceback, types
+import contextlib, ctypes, glob, json, os, resource, signal, sys, tempfile, time, traceback, types, typing
 
 def limit_resources():
     limits = dict(AS=1 << 30, STACK=64 << 20, FSIZE=4 << 20, NOFILE=64, CORE=0)
@@ -2350,97 +2328,82 @@ def limit_resources():
     for name, most in limits.items():
         kind = getattr(resource, 'RLIMIT_' + name)
         hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
         with contextlib.suppress(ValueError, OSError):    # macOS cannot limit memory
-            resource.setrlimit(kind, (most, most))
+            resource.setrlimit(kind, (limit, limit))
+
+def report(kind, error, trace):
+    frames = [frame for frame in traceback.extract_tb(trace) if frame.filename == 'solution.py']
+    lines = [f'Line {frame.lineno} in {frame.name} (solution.py)' for frame in frames[-3:]]
+    text = '\n'.join([f'{kind.__name__}: {error}', *lines])
+    os.ftruncate(2, 0)
+    os.pwrite(2, text.encode(errors='backslashreplace'), 0)
+    os._exit(1)
 
 def play(text, files):
     for descriptor, file in enumerate(files):
         os.dup2(file.fileno(), descriptor)
     sys.stdin = open(0, closefd=False)
-    limit_resources()
-    if job['testtype'] == 'functional':    # the output is what the function returns, not what it prints
-        result = open(os.dup(1), 'w')
+    sys.excepthook = report
+    if functional:    # the output is what the function returns, not what it prints
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.modules['__main__'] = types.ModuleType('__main__')
-    names = sys.modules['__main__'].__dict__
-    try:
-        exec('from typing import *', names)    # starter code uses List[int] without an import
-        exec(compile(job['program'], 'solution.py', 'exec'), names)
-        if job['testtype'] == 'functional':
-            in_class = 'Solution' in names
-            function = getattr(names['Solution'](), job['fn_name']) if in_class else names[job['fn_name']]
-            arguments = [json.loads(line) for line in text.split('\n') if line.strip()]
-            result.write(json.dumps(function(*arguments)))
-    except SystemExit:
-        raise
-    except BaseException as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        frames = [frame for frame in frames if frame.filename == 'solution.py']
-        lines = [f'Line {frame.lineno} in {frame.name} (solution.py)' for frame in frames[-3:]]
-        trace = '\n'.join([f'{type(error).__name__}: {error}', *lines])
-        os.ftruncate(2, 0)
-        os.pwrite(2, trace.encode(errors='backslashreplace'), 0)
-        os._exit(1)
-
-def wait(child):
-    deadline = time.monotonic() + job['time_limit']
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        late = time.monotonic() > deadline
-        crowded = job['sandboxed'] and sum(name.isdigit() for name in os.listdir('/proc')) > 16
-        if ended or late or crowded:
-            break
-        time.sleep(0.002)
-    with contextlib.suppress(ProcessLookupError):
-        if job['sandboxed'] and os.getpid() == 1:
-            os.kill(-1, signal.SIGKILL)    # all other processes of the sandbox at once
-        elif not ended:
-            os.kill(child, signal.SIGKILL)
-    if not ended:
-        status = os.waitpid(child, 0)[1]
-    with contextlib.suppress(ChildProcessError):    # what the program left behind
-        while job['sandboxed']:
-            os.waitpid(-1, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if late or code == -signal.SIGXCPU:
-        return 'timeout', code
-    return 'error' if code else 'ok', code
+    limit_resources()
+    main = sys.modules['__main__'] = types.ModuleType('__main__')
+    exec('from typing import *', main.__dict__)    # starter code uses List[int] without an import
+    exec(compile(job['program'], 'solution.py', 'exec'), main.__dict__)
+    if functional:
+        home = main.Solution() if hasattr(main, 'Solution') else main
+        arguments = [json.loads(line) for line in text.split('\n') if line.strip()]
+        result = getattr(home, job['fn_name'])(*arguments)
+        files[1].write(json.dumps(result).encode())
+        files[1].flush()
 
 def run(text):
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(tempfile.TemporaryFile(dir='.')) for _ in range(3)]
-        files[0].write(text.encode(errors='surrogatepass'))
-        files[0].seek(0)
-        child = os.fork()
-        if child == 0:
-            play(text, files)
-            sys.exit()
-        end, status = wait(child)
-        output, trace = (os.pread(file.fileno(), 4 << 20, 0).decode(errors='replace') for file in files[1:])
-        return end, output, trace or f'The program ended with status {status}.'
+    files = [tempfile.TemporaryFile(dir='.') for _ in range(3)]
+    files[0].write(text.encode(errors='surrogatepass'))
+    files[0].seek(0)
+    limit = time.monotonic() + job['time_limit']
+    child = os.fork()
+    if child == 0:
+        play(text, files)
+        sys.exit()
+    ended = 0
+    while not ended:
+        time.sleep(0.002)
+        late = time.monotonic() > limit
+        crowded = sandboxed and len(glob.glob('/proc/[0-9]*')) > 16
+        if late or crowded:
+            os.kill(-1 if sandboxed else child, signal.SIGKILL)    # -1: all others in the sandbox
+        ended, status = os.waitpid(child, os.WNOHANG)
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        while sandboxed:    # what the program left behind
+            os.kill(-1, signal.SIGKILL)
+            os.waitpid(-1, 0)
+    output, trace = (os.pread(file.fileno(), 4 << 20, 0).decode(errors='replace') for file in files[1:])
+    if late:
+        return 'timeout', ''
+    if status:
+        return 'error', trace or f'The program ended with status {os.waitstatus_to_exitcode(status)}.'
+    return 'ok', output
 
 job = json.load(sys.stdin.buffer)
+functional = job['testtype'] == 'functional'
+sandboxed = os.getpid() == 1
 if sys.platform == 'linux':
     ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)    # not dumpable: the program cannot open this process's memory
-printed = 0
+deadline = time.monotonic() + 10 * job['time_limit']
+runs, size = [], 0
 for text in job['inputs']:
-    result = run(text)
-    printed += sys.stdout.write(json.dumps(result) + '\n')
-    sys.stdout.flush()
-    if result[0] != 'ok' or printed > 64 << 20:
+    runs.append(run(text))
+    size += len(json.dumps(runs[-1]))
+    if runs[-1][0] != 'ok' or size > 64 << 20 or time.monotonic() > deadline:
         break
+json.dump(runs, sys.stdout)
 """
 
 
 VERIFIERS = {"exact": exact, "choice": choice, "tool_use": tool_use, "math": math_answer, "code": code}
-
-
-class Verifier(NamedTuple):
-    """A function(completion, row) with its name; `grade` calls it and checks the results."""
-
-    name: str
-    function: Callable
+Verifier = collections.namedtuple("Verifier", "name function")  # function(completion, row); see grade
 
 
 def load_verifier(name: str, unsafe_code: bool = False) -> Verifier:
@@ -2460,15 +2423,12 @@ def load_verifier(name: str, unsafe_code: bool = False) -> Verifier:
     beside = Path(__file__).parent / "tests" / f"{path}.py"
     file = beside if path.isidentifier() and beside.is_file() else Path(path)
     if file.suffix != ".py" or not file.is_file():
-        there = f"there is no file {path}; " if path.endswith(".py") else ""
         known = ", ".join(VERIFIERS)
-        raise InputError(f"--verifier {name}: {there}expected {known} or path/to/file.py:function")
+        raise InputError(f"--verifier {name}: expected {known}, or file.py:function where file.py exists")
     try:
         verify = getattr(load_file(file.resolve()), function, None)
     except Exception as error:  # whatever the user's file does
-        raise InputError(
-            f"--verifier {name}: {type(error).__name__} in {path}: {first_line(error)}"
-        ) from error
+        raise InputError(f"--verifier {name}: {type(error).__name__}: {first_line(error)}") from error
     if not callable(verify):
         raise InputError(f"--verifier {name}: {path} defines no function {function}")
     return Verifier(name, verify)
@@ -2481,22 +2441,23 @@ def grade(verify: Verifier, completions: list[tuple[str, dict]]) -> list[tuple[f
     `math` and `code` wait for processes, eight at a time.
     """
 
-    def grade_one(pair: tuple[str, dict]) -> Any:
-        try:
-            return verify.function(*pair)
-        except Exception as error:
-            return error
-
-    async def grade_all() -> list:
+    async def call_all() -> list:
         return await asyncio.gather(*(verify.function(*pair) for pair in completions), return_exceptions=True)
 
-    rows = [row for _, row in completions]
+    def grade_one(pair: tuple[str, dict]) -> tuple[float, str]:
+        try:
+            result = verify.function(*pair)
+        except Exception as error:
+            result = error
+        return check_result(verify.name, pair[1], result)
+
     if inspect.iscoroutinefunction(verify.function):
-        return list(map(partial(check_result, verify.name), rows, asyncio.run(grade_all())))
-    if verify.name not in ("math", "code"):
-        return list(map(partial(check_result, verify.name), rows, map(grade_one, completions)))
-    with ThreadPoolExecutor(8) as pool:
-        return list(map(partial(check_result, verify.name), rows, pool.map(grade_one, completions)))
+        results = zip(completions, asyncio.run(call_all()), strict=True)
+        return [check_result(verify.name, row, result) for (_, row), result in results]
+    if verify.name in ("math", "code"):
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(grade_one, completions))
+    return list(map(grade_one, completions))
 
 
 def check_result(name: str, row: dict, result: Any) -> tuple[float, str]:
@@ -2507,10 +2468,8 @@ def check_result(name: str, row: dict, result: Any) -> tuple[float, str]:
         reason = f"{type(result).__name__}: {first_line(result)}"
         raise RunError(f"--verifier {name} failed on {row.get('where')} ({reason})") from result
     reward, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    reward = reward.item() if isinstance(reward, np.generic) else reward
-    if not (
-        isinstance(reward, (int, float)) and 0 <= reward <= 1 and isinstance(feedback, (str, type(None)))
-    ):
+    number = isinstance(reward, (int, float, np.integer, np.floating, np.bool_))
+    if not (number and 0 <= reward <= 1 and isinstance(feedback, (str, type(None)))):
         wanted = "a reward in [0, 1], or (reward, feedback)"
         raise RunError(f"--verifier {name} returned {result!r} for {row.get('where')}; expected {wanted}")
     return float(reward), feedback or ""
@@ -2522,21 +2481,20 @@ def check_gold(rows: list[dict], name: str) -> None:
     `code` needs usable tests, the others an answer that is not empty. A user's verifier is not checked.
     """
     for row in rows if name in VERIFIERS else []:
-        where, gold, wanted = row.get("where", "this row"), row.get("answer"), "an answer"
         if name == "code":
             read_tests(row)
             continue
+        gold, wanted = row.get("answer"), "an answer"
         usable = gold not in (None, [], {}) and gold == gold and str(gold).strip() != ""
-        if usable and name == "tool_use":
+        if name == "tool_use":
             wanted = 'a list of {"Action": name, "Action_Input": JSON object}, or that as JSON text'
             try:
                 usable = not tool_use("", row)  # 1 if there is no call in the answer
             except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
                 usable = False
-        if "answer" not in row:
-            raise InputError(f"{where}: no column 'answer', which --verifier {name} needs")
         if not usable:
-            found = clip(json.dumps(gold, default=repr))
+            found = clip(json.dumps(gold, default=repr)) if "answer" in row else "missing"
+            where = row.get("where", "this row")
             raise InputError(f"{where}: 'answer' is {found}; --verifier {name} needs {wanted}")
 
 
