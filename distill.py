@@ -62,7 +62,6 @@ from common import (
     make_sampler,
     micro_batches,
     optimizer_step,
-    read_logps,
     rollout_metrics,
     save_results,
     start_run,
@@ -237,6 +236,7 @@ PRESETS: dict[str, dict] = {
 }
 
 MATH_SUFFIX = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+URL = r"https?://(\[[\da-f:]+\]|[^/:]+)(:\d+)?(/.*)?"
 LAMBDA_STREAM, OUTPUT_STREAM = 2, 3  # random numbers that are neither evaluation's nor the rollouts'
 
 
@@ -343,9 +343,13 @@ def check(args: Args, vocabulary: int) -> None:
     if args.mini_batch and args.prompts_per_step % args.mini_batch:
         sizes = f"{args.mini_batch} must divide --prompts-per-step {args.prompts_per_step}"
         raise InputError(f"--mini-batch {sizes}")
-    if args.teacher_url:
-        check_served(args)
-    elif needs_teacher(args) and args.teacher in ("", *Teacher.KINDS):
+    if args.teacher_url and not re.fullmatch(URL, args.teacher_url):
+        raise InputError(f"--teacher-url {args.teacher_url}: expected http://localhost:8000/v1 or similar")
+    if args.teacher_url and (args.objective == "sft" or args.outputs == "teacher"):
+        raise InputError("--teacher-url: a server scores answers, it does not write them; use --teacher PATH")
+    if args.teacher_url and divergence and args.support in ("full", "student_topk"):
+        raise InputError(f"--support {args.support} is not for --teacher-url; use teacher_topk or sampled")
+    if not args.teacher_url and needs_teacher(args) and args.teacher in ("", *Teacher.KINDS):
         raise InputError(f"--teacher {args.teacher or '(none)'}: expected another model's folder or hub id")
 
 
@@ -355,11 +359,8 @@ def main(args: Args) -> None:
     check(args, len(tokenizer))
     rows = training_rows(args)
     train = tokenize(rows, tokenizer, args)
-    served = Served(args, len(tokenizer)) if args.teacher_url else None
-    if needs_teacher(args) and not served:
+    if needs_teacher(args) and not args.teacher_url:
         check_teacher(args.model, args.teacher)
-    if served:
-        compared = served.check(tokenizer, stop_ids(args.model), train[0]["prompt_ids"])
     run = start_run(args, tokenizer, train, to_row)
     steps = args.steps or math.ceil(args.epochs * len(train) / args.prompts_per_step)
     own_steps = sum(on_policy(args, step) for step in range(1, steps + 1))
@@ -368,14 +369,15 @@ def main(args: Args) -> None:
         f"{own_steps} of them on-policy, of {args.prompts_per_step} prompts x {args.rollouts} on "
         f"{run.world} x {run.device.type}"
     )
-    if served:
-        run.say(compared)
+    teacher = Served(run, len(tokenizer)) if args.teacher_url else None
+    if teacher:
+        run.say(teacher.check(stop_ids(args.model), train[0]["prompt_ids"]))
     if args.dry_run:
         return run.say(f"student and teacher read: {tokenizer.decode(train[0]['prompt_ids'])}")
 
-    student, teacher = load_model(args.model, run, args.lora_rank), served
-    if served:
-        served.run, served.vocabulary = run, len(head_of(student).weight)  # its head may be padded
+    student = load_model(args.model, run, args.lora_rank)
+    if teacher:
+        teacher.vocabulary = len(head_of(student).weight)  # may be padded
     elif needs_teacher(args):
         teacher = Teacher(args.teacher, 0.0, student, run)
     sampler, sampling = make_sampler(run, student), Sampling(args.max_completion_tokens, args.temperature)
@@ -457,14 +459,15 @@ RETRIES = 6  # after timeouts, lost connections and status 408, 409, 429 and 5xx
 class Served:
     """A teacher on a vLLM server: token ids in; log-probs of its top k and of the sent tokens out."""
 
-    def __init__(self, args: Any, vocabulary: int):
+    def __init__(self, run: Any, vocabulary: int):
         try:
             import openai
         except ImportError as error:
             raise InputError("--teacher-url needs the openai package: pip install openai") from error
-        self.args, self.vocabulary, self.url = args, vocabulary, args.teacher_url.rstrip("/")
-        self.k = args.topk if (args.objective, args.support) == ("divergence", "teacher_topk") else 0
-        key = os.environ.get("VLLM_API_KEY") or "none"
+        self.run, self.args, self.vocabulary = run, run.args, vocabulary
+        policy = self.args.objective == "policy_gradient"
+        self.k = 0 if policy or self.args.support == "sampled" else self.args.topk
+        self.url, key = self.args.teacher_url.rstrip("/"), os.environ.get("VLLM_API_KEY") or "none"
         self.client = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
         self.errors = (openai.OpenAIError, TimeoutError, ValueError, LookupError, TypeError)
         self.slots = asyncio.Semaphore(REQUESTS)
@@ -494,13 +497,11 @@ class Served:
             raise failures.exceptions[0] from None
 
     async def request(self, path: str, *keys: str | int, **body: Any) -> Any:
-        """reply[keys[0]][keys[1]]... of the server's JSON reply; a GET without a body, else a POST."""
-        reply = None
-        send = self.client.post if body else self.client.get
-        options = {"body": {"model": self.args.teacher, "temperature": 0, **body}} if body else {}
+        """reply[keys[0]][keys[1]]... of the server's JSON reply to a POST, or a ConnectionError."""
+        reply, body = None, {"model": self.args.teacher, "temperature": 0, **body}
         try:
             async with self.slots, asyncio.timeout(TIMEOUT * (RETRIES + 1)):  # httpx lets a trickle go on
-                reply = await send(path, cast_to=object, **options)
+                reply = await self.client.post(path, cast_to=object, body=body)
             for key in keys:
                 reply = reply[key]
             return reply
@@ -519,58 +520,49 @@ class Served:
         if count != len(ids):
             raise ConnectionError(f"{wrong}: {len(ids)} tokens were sent, {count} positions came back")
         tops, sent = [], []
-        for at in range(len(prompt), len(ids)):
+        for at, token in enumerate(answer, len(prompt)):
             try:
-                top = read_logps(table[at], ids[at], self.vocabulary)
-                sent.append(top[ids[at]])
-                if len(top) == self.k + 1 and sent[-1] == min(top.values()):
-                    del top[ids[at]]  # sent, but not among the top k
-                mass = sum(map(math.exp, top.values()))
-                if len(top) != self.k or mass > 1.001:
-                    raise ValueError(f"has {len(top)} tokens of mass {mass:.3f}, not {self.k} of at most 1")
-            except ValueError as error:
-                raise ConnectionError(f"{wrong}: position {at} {error}") from error
+                top = {int(i): float(told["logprob"]) for i, told in table[at].items()}
+                sent.append(top[token])
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                has = f"has no log-prob of the sent token {token}: {str(table[at])[:200]}"
+                raise ConnectionError(f"{wrong}: position {at} {has}") from error
+            odd = {i: p for i, p in top.items() if not (0 <= i < self.vocabulary and -math.inf < p < 1e-3)}
+            if len(top) == self.k + 1 and sent[-1] == min(top.values()):
+                del top[token]  # sent, but not among the top k
+            if odd or len(top) != self.k or sum(map(math.exp, top.values())) > 1.001:
+                has = (
+                    f"has {len(top)} log-probs, not those of the {self.k} likeliest: {str(odd or top)[:200]}"
+                )
+                raise ConnectionError(f"{wrong}: position {at} {has}")
             tops.append(top)
         ids_NK = torch.tensor([list(top) for top in tops], dtype=torch.long)
         logps_NK = torch.tensor([list(top.values()) for top in tops])
         return TopK(ids_NK, logps_NK.clamp(max=0), torch.tensor(sent).clamp(max=0))
 
-    def check(self, tokenizer: Any, stops: list[int], prompt: list[int]) -> str:
+    def check(self, stops: list[int], prompt: list[int]) -> str:
         """Compare server and student before a model is loaded. Returns what could be compared."""
         fetch, name, ids = self.loop.run_until_complete, self.args.teacher, list(range(self.vocabulary))
-        needed = self.args.max_prompt_tokens + self.args.max_completion_tokens + 1
+        longest = self.args.max_prompt_tokens + self.args.max_completion_tokens + 1
+        filled, decode = (prompt * longest)[: longest - 2], self.run.tokenizer.decode
         try:
-            cards = fetch(self.request("/models", "data"))
-            longest = {card["id"]: card.get("max_model_len") or needed for card in cards}
-            if longest.get(name, 0) < needed:
-                raise InputError(f"--teacher {name}: needs max_model_len {needed}; the server has {longest}")
-            compared = f"{len(ids)} tokens compared"
-            try:
-                url = self.url.removesuffix("/v1") + "/detokenize"
-                if fetch(self.request(url, "prompt", tokens=ids)) != tokenizer.decode(ids):
-                    raise InputError(f"--teacher {name} and --model {self.args.model} differ in vocabulary")
-            except ConnectionError as error:
-                compared = f"tokens not compared ({error})"
             self.ask([(prompt, ids[-1:])])
             for stop in stops:  # does the server end an answer where it is forced to say this token?
-                forced = {"prompt": prompt, "max_tokens": 2, "logit_bias": {str(stop): 100}}
+                forced = {"prompt": filled, "max_tokens": 2, "logit_bias": {str(stop): 100}}
                 if fetch(self.request("/completions", "choices", 0, "finish_reason", **forced)) != "stop":
-                    token = repr(tokenizer.decode([stop]))
+                    token = repr(decode([stop]))
                     raise InputError(f"--teacher {name} does not end answers with {token}, the student does")
-        except (ConnectionError, LookupError, TypeError) as error:
-            hint = f"is vLLM up, with --max-logprobs {max(self.k, 1)}?"
+        except ConnectionError as error:
+            hint = f"is vLLM up, with --max-model-len {longest} and --max-logprobs {max(self.k, 1)}?"
             raise InputError(f"--teacher-url {self.url}: {error}; {hint}") from error
+        compared = f"{len(ids)} tokens compared"
+        try:
+            url = self.url.removesuffix("/v1") + "/detokenize"
+            if fetch(self.request(url, "prompt", tokens=ids)) != decode(ids):
+                raise InputError(f"--teacher {name} and --model {self.args.model} differ in vocabulary")
+        except ConnectionError as error:
+            compared = f"tokens not compared ({error})"
         return f"teacher {name} at {self.url}: {compared}, EOS {stops} in common"
-
-
-def check_served(args: Any) -> None:
-    """What a server cannot give."""
-    if not re.fullmatch(r"https?://(\[[\da-f:]+\]|[^/:]+)(:\d+)?(/.*)?", args.teacher_url):
-        raise InputError(f"--teacher-url {args.teacher_url}: expected http://localhost:8000/v1 or similar")
-    if args.objective == "sft" or args.outputs == "teacher":
-        raise InputError("--teacher-url: a server scores answers, it does not write them; use --teacher PATH")
-    if args.objective == "divergence" and args.support in ("full", "student_topk"):
-        raise InputError(f"--support {args.support} is not for --teacher-url; use teacher_topk or sampled")
 
 
 if __name__ == "__main__":

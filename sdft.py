@@ -286,10 +286,7 @@ def to_row(raw: dict) -> dict | None:
             return None
         options = zip(raw["choices"]["label"], raw["choices"]["text"], strict=True)
         question = raw["question"] + "\n\n" + "\n".join(f"{label}: {text}" for label, text in options)
-        row |= {
-            "prompt": [{"role": "system", "content": SCIENCE_SYSTEM}, {"role": "user", "content": question}]
-        }
-        row["answer"] = raw["answerKey"]
+        row |= {"system": SCIENCE_SYSTEM, "prompt": question, "answer": raw["answerKey"]}
     row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
     return row
 
@@ -335,9 +332,8 @@ def sdft_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args
         logps_N = torch.tensor([p for s in micro for p in s.logps], device=h_ND.device)
         with torch.no_grad():
             logp_N, _ = token_logps(h_ND, head, y_N)
-        ratio_N = sequence_ratio(
-            logp_N, logps_N, (weight_N > 0).float(), [len(s.y) for s in micro], args.is_cap
-        )
+        mask_N, lengths = (weight_N > 0).float(), [len(s.y) for s in micro]
+        ratio_N = sequence_ratio(logp_N, logps_N, mask_N, lengths, args.is_cap)
     objective = Objective(args.divergence, args.support, args.topk)
     loss, stats = distill_loss(h_ND, head, targets, y_N, weight_N * ratio_N, objective)
     return loss, {**stats, "ratio": ratio_N}, weight_N
@@ -348,7 +344,7 @@ def check(args: Args, vocabulary: int) -> None:
     Objective(args.divergence, args.support, args.topk).check(vocabulary)
     if args.is_cap and args.generate_from == "teacher":
         raise InputError(
-            "--generate-from teacher: the ratio student/sampler has no meaning there; add --is-cap 0"
+            "--generate-from teacher: no ratio student/sampler has a meaning there; add --is-cap 0"
         )
     if args.support == "sampled" and args.generate_from == "teacher":
         raise InputError("--support sampled needs tokens that the student drew, not --generate-from teacher")
@@ -373,8 +369,7 @@ def main(args: Args) -> None:
 
     student = load_model(args.model, run, args.lora_rank)
     teacher = Teacher(args.teacher, args.ema_rate, student, run) if args.method == "sdft" else None
-    sampler = make_sampler(run, student)
-    train_sampling = Sampling(args.max_completion_tokens)
+    sampler, sampling = make_sampler(run, student), Sampling(args.max_completion_tokens)
     eval_tokens = args.eval_max_tokens or args.max_completion_tokens
     eval_sampling = Sampling(eval_tokens, args.eval_temperature, args.eval_top_p)
     done = run.start_training(steps, student, teacher)
@@ -390,7 +385,7 @@ def main(args: Args) -> None:
                 off_policy = args.generate_from == "teacher"
                 model, column = (teacher.model, "teacher_ids") if off_policy else (student, "prompt_ids")
                 prompts, keys = [row[column] for row in rows], [row["rollout_key"] for row in rows]
-                answers = sampler(model, prompts, keys, (TRAIN_STREAM, step), train_sampling)
+                answers = sampler(model, prompts, keys, (TRAIN_STREAM, step), sampling)
             else:
                 words = [row["completion_ids"] for row in rows]
                 answers = [Rollout(ids, [0.0] * len(ids), True) for ids in words]

@@ -5,8 +5,7 @@
 x question | y the student's answer | P_r the phrase for its verdict r | reviser: the frozen model of srt.py
 The reviser reads the whole answer and whether it is right, then scores the same answer again, token by token.
 
-Data   JSON lines with "prompt" and what the verifier reads, usually "answer". OpenR1-Math, DeepScaleR and
-       codeforces-cots rows are mapped.
+Data   JSON lines with "prompt" and what the verifier reads; OpenR1-Math, DeepScaleR, codeforces-cots rows.
 Run    python srt.py && python sdzero.py     # the laptop world, both phases: CPU, no download, minutes
        python srt.py --preset smol && python sdzero.py --preset smol    # a pretrained model of 135M
        torchrun --nproc-per-node 8 sdzero.py --preset math --model runs/srt-math/last
@@ -233,23 +232,17 @@ class Sample(NamedTuple):
     solved: bool  # the verdict r
 
 
-SYSTEM = "You are a helpful assistant that solves {} problems step by step."
-
-
 def competition_row(raw: dict) -> dict:
     """OpenR1-Math, DeepScaleR and codeforces-cots as the authors ask and judge them."""
     row = {**raw, "answer_from": "text", "block": "last"}
+    system = "You are a helpful assistant that solves {} problems step by step."
     if "input_format" in raw:  # codeforces-cots
-        system = {"role": "system", "content": SYSTEM.format("coding")}
-        row["prompt"] = [system, {"role": "user", "content": raw["prompt"]}]
+        row["system"] = system.format("coding")
         inputs, outputs = ([case[name] for case in raw["examples"]] for name in ("input", "output"))
         row["tests"] = {"inputs": inputs, "outputs": outputs, "testtype": "stdin"}
     elif "problem" in raw and "prompt" not in raw:
-        system = {"role": "system", "content": SYSTEM.format("math")}
-        question = (
-            f"{raw['problem']}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-        )
-        row["prompt"] = [system, {"role": "user", "content": question}]
+        task = "Please reason step by step, and put your final answer within \\boxed{}."
+        row |= {"system": system.format("math"), "prompt": f"{raw['problem']}\n\n{task}"}
     row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
     return row
 
@@ -329,9 +322,7 @@ def main(args: Args) -> None:
 
     student = load_model(args.model, run, args.lora_rank)
     teacher = Teacher("base", 0.0, student, run)
-    sampler = make_sampler(run, student)
-    train_sampling = Sampling(args.max_completion_tokens, args.temperature)
-    untempered = args.temperature == 1  # then sampler and loss mean the same distribution
+    sampler, sampling = make_sampler(run, student), Sampling(args.max_completion_tokens, args.temperature)
     eval_tokens = args.eval_max_tokens or args.max_completion_tokens
     eval_sampling = Sampling(eval_tokens, args.eval_temperature, args.eval_top_p)
     done = run.start_training(steps, student, teacher)
@@ -345,7 +336,7 @@ def main(args: Args) -> None:
         # 1. Answer: y ~ student(.|x), from the weights about to be updated.
         with run.timer("generate"):
             prompts, keys = [row["prompt_ids"] for row in rows], [row["rollout_key"] for row in rows]
-            answers = sampler(student, prompts, keys, (TRAIN_STREAM, step), train_sampling)
+            answers = sampler(student, prompts, keys, (TRAIN_STREAM, step), sampling)
 
         # 2. Verdict: r, right or wrong, and with it the phrase P_r.
         with run.timer("verify"):
@@ -381,10 +372,9 @@ def main(args: Args) -> None:
                 loss, stats, weight_N = sdzero_loss(h_ND, head_of(student), targets, micro, n, args)
                 loss.backward()
             drawn = [p for s in micro for p in s.logps]
-            totals.add(loss, stats, weight_N, drawn if untempered else None)
-            right_N = torch.tensor(
-                [s.solved for s in micro for _ in s.y], dtype=torch.bool, device=run.device
-            )
+            totals.add(loss, stats, weight_N, drawn if args.temperature == 1 else None)
+            right = [s.solved for s in micro for _ in s.y]
+            right_N = torch.tensor(right, dtype=torch.bool, device=run.device)
             for verdict, part_N in (("right", right_N), ("wrong", ~right_N)):
                 by_verdict[verdict] += stats["divergence"][part_N].sum().item()
                 by_verdict[f"{verdict}_tokens"] += part_N.sum().item()
@@ -404,12 +394,10 @@ def main(args: Args) -> None:
         n |= run.sum(**by_verdict)
         for verdict in ("right", "wrong"):
             metrics[f"distill/divergence_{verdict}"] = n[verdict] / max(n[f"{verdict}_tokens"], 1)
-        metrics |= {
-            "distill/active_frac": n["sequences"] / n["answers"],
-            "rollout/reward": n["reward"] / n["answers"],
-            "teacher/dropped_prompts": n["too_long"],
-            "teacher/distance": teacher.distance(),
-        }
+        metrics["distill/active_frac"] = n["sequences"] / n["answers"]
+        metrics["rollout/reward"] = n["reward"] / n["answers"]
+        metrics["teacher/dropped_prompts"] = n["too_long"]
+        metrics["teacher/distance"] = teacher.distance()
         if step % args.eval_every == 0 or step == steps:
             metrics |= evaluate(run, sampler, student, step, eval_sampling)
             metrics |= revise(run, sampler, student, eval_sampling, reviser)

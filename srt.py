@@ -4,11 +4,9 @@
                    - log student(y1 | x, y0, P_r)  -  log student(y0, P_r, y1 | x)                   Eq. 1-3
 
 x question | y0 first attempt | P_r the phrase for its verdict r | y1 the revision, in the same assistant turn
-The model collects its own revisions, keeps those that verify, and learns to revise (first term) and to answer
-so unasked (second term).
+The model learns from its own verified revisions: to revise (first term), and to answer so unasked (second).
 
-Data   JSON lines with "prompt" and what the verifier reads, usually "answer". OpenR1-Math, DeepScaleR and
-       codeforces-cots rows are mapped.
+Data   JSON lines with "prompt" and what the verifier reads; OpenR1-Math, DeepScaleR, codeforces-cots rows.
 Run    python srt.py && python sdzero.py     # the laptop world, both phases: CPU, no download, minutes
        python srt.py --preset smol && python sdzero.py --preset smol    # a pretrained model of 135M
        torchrun --nproc-per-node 8 srt.py --preset math --collect-only  # with --resume instead: trains on it
@@ -22,12 +20,12 @@ always stand in the assistant's turn; no nucleus, no stop string "Question:"; no
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import re
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,7 +42,6 @@ from common import (
     Rollout,
     RunArgs,
     Sampling,
-    append_jsonl,
     as_messages,
     completion_states,
     evaluate,
@@ -58,7 +55,6 @@ from common import (
     make_optimizer,
     make_sampler,
     micro_batches,
-    naming_row,
     optimizer_step,
     question_key,
     read_jsonl,
@@ -99,9 +95,8 @@ class PaperArgs:
     stage_two: int = 1000
     """sequential: number of revisions in the second stage, those of right attempts first."""
     collect_only: bool = False
-    """Stop when revisions.jsonl is written. The same command with --resume in its place trains on it."""
-    train_only: str = ""
-    """Train on the revisions.jsonl of another run instead of collecting."""
+    """Stop when revisions.jsonl is written. The same command with --resume in its place trains on it, and so
+    does another run with it as --data."""
 
     # Model and data.
     model: str = "Qwen/Qwen3-4B-Instruct-2507"
@@ -109,7 +104,8 @@ class PaperArgs:
     lora_rank: int = 0
     """Rank of adapters on every linear layer but the head, alpha = 2 rank; 0 trains all weights."""
     data: str = ""
-    """Training rows: JSONL, JSON or parquet file, save_to_disk folder, or hub id as name:config@split."""
+    """Training rows: JSONL, JSON or parquet file, save_to_disk folder, or hub id as name:config@split. The
+    revisions.jsonl of another run is trained on as it is."""
     eval_data: tuple[str, ...] = ()
     """Evaluation sets; the first decides which weights are best/, the others show what is forgotten."""
     verifier: str = "exact"
@@ -271,32 +267,43 @@ class Sample(NamedTuple):
     revision: int  # length of y1
 
 
-SYSTEM = "You are a helpful assistant that solves {} problems step by step."
-
-
 def competition_row(raw: dict) -> dict:
     """OpenR1-Math, DeepScaleR and codeforces-cots as the authors ask and judge them."""
     row = {**raw, "answer_from": "text", "block": "last"}
+    system = "You are a helpful assistant that solves {} problems step by step."
     if "input_format" in raw:  # codeforces-cots
-        system = {"role": "system", "content": SYSTEM.format("coding")}
-        row["prompt"] = [system, {"role": "user", "content": raw["prompt"]}]
+        row["system"] = system.format("coding")
         inputs, outputs = ([case[name] for case in raw["examples"]] for name in ("input", "output"))
         row["tests"] = {"inputs": inputs, "outputs": outputs, "testtype": "stdin"}
     elif "problem" in raw and "prompt" not in raw:
-        system = {"role": "system", "content": SYSTEM.format("math")}
         task = "Please reason step by step, and put your final answer within \\boxed{}."
-        row["prompt"] = [system, {"role": "user", "content": f"{raw['problem']}\n\n{task}"}]
+        row |= {"system": system.format("math"), "prompt": f"{raw['problem']}\n\n{task}"}
     row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
     return row
 
 
-def collect(run: Any, sampler: Any, student: Any, asked: list, reviser: Reviser) -> bool:
-    """Section 3.1, phase 1: revisions.jsonl, a line for each revision (rft: attempt), kept or not.
+def to_training_row(raw: dict, reviser: Reviser, tokenizer: Any) -> dict:
+    """A question, or a collected record, which must have our phrases, chat arguments and tokenizer."""
+    if "reviser" not in raw:
+        return competition_row(raw)
+    if raw["reviser"] != reviser._asdict():
+        told = f"collected with {raw['reviser']}, not {reviser._asdict()}"
+        raise ValueError(f"{told}; use the same --phrases and --chat-kwargs")
+    if raw["phrase_ids"] not in ([], reviser.phrase_ids(tokenizer, raw["y0_reward"] >= SOLVED)):
+        raise ValueError("collected with another tokenizer than that of --model")
+    return raw
 
-    Every batch is a file of its own: a killed collection repeats at most one. False after SIGTERM or Ctrl-C.
+
+def collect(run: Any, sampler: Any, student: Any, asked: list, reviser: Reviser) -> list | None:
+    """Section 3.1, phase 1: the records of revisions.jsonl, one per revision (rft: attempt), kept or not.
+
+    Until the last batch is there, every batch is a file of its own: a killed collection repeats at most one.
+    None after SIGTERM or Ctrl-C.
     """
-    args, folder, records, seen = run.args, run.out / "collected", [], set()
-    per_batch = args.collect_batch * args.attempts
+    args, final, folder = run.args, run.out / "revisions.jsonl", run.out / "collected"
+    if not run.sum(missing=not final.exists())["missing"]:  # of any rank, before one of them writes it
+        return read_jsonl(final)
+    records, seen, per_batch = [], set(), args.collect_batch * args.attempts
     for first in range(0, len(asked), per_batch):
         part, file = asked[first : first + per_batch], folder / f"{first:08d}.jsonl"
         if not file.exists():
@@ -310,23 +317,21 @@ def collect(run: Any, sampler: Any, student: Any, asked: list, reviser: Reviser)
         if args.target and sum(not record["dropped"] for record in records) >= args.target:
             break
         if run.sum(stop=run.stopped)["stop"]:
-            run.say("Stopped while collecting. To continue, rerun the same command with --resume.")
-            return False
-    write_whole(run, run.out / "revisions.jsonl", records)
+            return run.say("Stopped while collecting. To continue, rerun the same command with --resume.")
+    write_whole(run, final, records)
     if run.main:
         shutil.rmtree(folder)
-    return True
+    return records
 
 
 def write_whole(run: Any, file: Path, records: list) -> None:
     """Writes the file aside and renames it: it is there with all its lines, or not at all."""
-    aside = file.with_suffix(".aside")
     with run.writing(str(file)):
         if run.main:
-            aside.parent.mkdir(exist_ok=True)
-            aside.unlink(missing_ok=True)
-            append_jsonl(aside, records)
-            aside.rename(file)
+            file.parent.mkdir(exist_ok=True)
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+            file.with_suffix(".aside").write_text("".join(lines), encoding="utf-8")
+            file.with_suffix(".aside").rename(file)
 
 
 def attempts_and_revisions(run: Any, sampler: Any, student: Any, rows: list, reviser: Reviser) -> list:
@@ -335,7 +340,7 @@ def attempts_and_revisions(run: Any, sampler: Any, student: Any, rows: list, rev
     with run.timer("generate"):
         prompts, keys = [row["prompt_ids"] for row in rows], [row["rollout_key"] for row in rows]
         firsts = sampler(student, prompts, keys, (TRAIN_STREAM, 0), sampling)
-    records, revised, contexts, keys = [], [], [], []
+    records, revised = [], []
     for row, y, (reward, _) in zip(rows, firsts, run.grade(rows, firsts), strict=True):
         record = {name: row[name] for name in ("id", "where", "prompt_ids")}
         record |= {"question": question_key(row["prompt"]), "attempt": row["rollout_key"][1]}
@@ -344,40 +349,36 @@ def attempts_and_revisions(run: Any, sampler: Any, student: Any, rows: list, rev
         if args.method == "rft" or (reward >= SOLVED and not args.revise_right):
             records.append(record)
             continue
-        clean = with_text(run, y, trim_repeats(run.text(y)))
-        phrase = reviser.phrase_ids(run.tokenizer, reward >= SOLVED)
+        clean, phrase = cleaned(run, y, False), reviser.phrase_ids(run.tokenizer, reward >= SOLVED)
         record |= {"y0": run.text(clean), "y0_ids": clean.without_eos(), "phrase_ids": phrase}
-        for j in range(args.revisions):
-            records.append({**record, "revision": j})
-            revised.append((row, records[-1]))
-            contexts.append(row["prompt_ids"] + y.without_eos() + phrase)
-            keys.append((row["id"], record["attempt"] * args.revisions + j))
+        records += [{**record, "revision": j} for j in range(args.revisions)]
+        revised += [(row, y, r) for r in records[-args.revisions :]]
     with run.timer("generate"):
-        seconds = sampler(student, contexts, keys, (TRAIN_STREAM, 1), sampling)
-    seconds = [with_text(run, y, strip_opening(trim_repeats(run.text(y)))) for y in seconds]
-    verdicts = run.grade([row for row, _ in revised], seconds)
-    for (_, record), y, (reward, _) in zip(revised, seconds, verdicts, strict=True):
+        contexts = [row["prompt_ids"] + y.without_eos() + r["phrase_ids"] for row, y, r in revised]
+        keys = [(r["id"], r["attempt"] * args.revisions + r["revision"]) for _, _, r in revised]
+        drawn = sampler(student, contexts, keys, (TRAIN_STREAM, 1), sampling)
+    seconds = [cleaned(run, y, True) for y in drawn]
+    verdicts = run.grade([row for row, _, _ in revised], seconds)
+    for (_, _, record), y, (reward, _) in zip(revised, seconds, verdicts, strict=True):
         record |= {"y1": run.text(y), "y1_ids": y.ids, "y1_finished": y.finished, "y1_reward": reward}
     return records
 
 
-def with_text(run: Any, y: Rollout, text: str) -> Rollout:
-    """The answer with a cleaned text; where nothing had to be cleaned its tokens stay the sampled ones."""
-    plain = dict(add_special_tokens=False, split_special_tokens=True)  # spelled ones stay text
-    words, end = run.tokenizer(text, **plain)["input_ids"], y.ids[len(y.without_eos()) :]
-    return y if text == run.text(y) else y._replace(ids=words + end)
+def cleaned(run: Any, y: Rollout, revision: bool) -> Rollout:
+    """The answer as the authors clean it; where there is nothing to clean its tokens stay the sampled ones.
 
-
-def trim_repeats(text: str) -> str:
-    """A block of 10 to 1500 characters that ends the text three times or more is left once."""
-    tail = re.match(r"(.{10,1500}?)\1{2,}", text[::-1], flags=re.DOTALL)  # backwards: the shortest
-    return text[: len(text) - len(tail[0]) + len(tail[1])] if tail else text
-
-
-def strip_opening(text: str) -> str:
-    """Removes "You're right, ...", "Thank you for ...", "Good catch ...": nobody spoke to the reviser."""
-    rest = re.sub(r"^\s*(?:(?:You're right|Thank you for|Good catch)[^.!?\n]*[.!?\n]\s*)+", "", text)
-    return rest if rest == text else rest[:1].upper() + rest[1:]
+    A block of 10 to 1500 characters that ends the text three times or more is left once (read backwards: the
+    shortest one). A revision loses a chatty opening: nobody spoke to the reviser.
+    """
+    text = re.sub(r"^(.{10,1500}?)\1{2,}", r"\1", run.text(y)[::-1], flags=re.DOTALL)[::-1]
+    opening = re.match(r"\s*(?:(?:You're right|Thank you for|Good catch)[^.!?\n]*[.!?\n]\s*)+", text)
+    if revision and opening:
+        text = text[opening.end() :]
+        text = text[:1].upper() + text[1:]
+    if text == run.text(y):
+        return y
+    words = run.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return y._replace(ids=words + y.ids[len(y.without_eos()) :])
 
 
 def why_not(record: dict, seen: set, args: Args) -> str:
@@ -395,43 +396,18 @@ def why_not(record: dict, seen: set, args: Args) -> str:
     return f"{total} tokens" if total > args.max_tokens else ""
 
 
-def read_revisions(source: Path, reviser: Reviser, tokenizer: Any) -> list:
-    """The records of a collection; InputError unless it had our phrases, chat arguments and tokenizer."""
-    records = read_jsonl(source)
-    for i, record in enumerate(records, 1):
-        with naming_row(f"{source}:{i}", record):
-            if record["reviser"] != reviser._asdict():
-                told = f"collected with {record['reviser']}, not {reviser._asdict()}"
-                raise ValueError(f"{told}; use the same --phrases and --chat-kwargs")
-            phrase = reviser.phrase_ids(tokenizer, record["y0_reward"] >= SOLVED)
-            if record["phrase_ids"] not in ([], phrase):
-                raise ValueError("collected with another tokenizer than that of --model")
-    return records
-
-
-def report(run: Any, records: list) -> dict:
-    """What was kept, why the rest was not, and how many attempts and revisions it took."""
-    reasons = collections.Counter(record["dropped"] for record in records)
-    kept = reasons.pop("", 0)
-    run.say(f"kept {kept} of {len(records)}" + "".join(f", {n} {why}" for why, n in sorted(reasons.items())))
-    drawn = len({(r["where"], r["attempt"]) for r in records}) + sum(r["revision"] >= 0 for r in records)
-    questions = len({r["where"] for r in records})
-    return {"collect/questions": questions, "collect/rollouts": drawn, "collect/kept": kept}
-
-
-def stages(kept: list, args: Args) -> list:
-    """(steps before it, its steps, loss, records) of each run over the data: one, or the authors' two."""
-    plan, found, before = [(args.loss if args.method == "srt" else "generation", kept)], [], 0
-    if plan[0][0] == "sequential":
-        wrong = [r for r in kept if r["y0_reward"] < SOLVED]
-        right = [r for r in kept if r["y0_reward"] >= SOLVED]
-        taken = max(args.stage_two - len(right), 0)  # revisions of wrong attempts in the second stage
-        plan = [("generation", wrong[taken:]), ("revision", (right + wrong)[: args.stage_two])]
-    for loss, records in plan:
-        length = args.steps or math.ceil(args.epochs * len(records) / args.prompts_per_step)
-        found += [(before, length, loss, records)] if records else []
-        before += length if records else 0
-    return found
+def schedule(kept: list, args: Args) -> list:
+    """(loss, records, step of its run, steps of its run) of every step: one run over the data, or two."""
+    runs = [(args.loss if args.method == "srt" else "generation", kept)]
+    if runs[0][0] == "sequential":
+        right_first = sorted(kept, key=lambda r: r["y0_reward"] < SOLVED)
+        rest = [r for r in right_first[args.stage_two :] if r["y0_reward"] < SOLVED]
+        runs = [("generation", rest), ("revision", right_first[: args.stage_two])]
+    plan = []
+    for loss, records in runs:
+        steps = args.steps or math.ceil(args.epochs * len(records) / args.prompts_per_step)
+        plan += [(loss, records, step, steps) for step in range(1, steps + 1) if records]
+    return plan
 
 
 def srt_loss(h_ND: Tensor, head: Any, micro: list, n: dict, loss: str) -> tuple:
@@ -451,21 +427,15 @@ def srt_loss(h_ND: Tensor, head: Any, micro: list, n: dict, loss: str) -> tuple:
 
 def main(args: Args) -> None:
     # Find every error that needs no weights before loading any.
-    if args.collect_only and args.train_only:
-        raise InputError("--collect-only stops before the training that --train-only is; drop one of them")
     tokenizer, reviser = load_tokenizer(args.model), Reviser(*PHRASES[args.phrases], args.chat_kwargs, [])
-    if args.train_only:
-        if not Path(args.train_only).is_file():
-            raise InputError(f"--train-only {args.train_only}: no such file; it takes a revisions.jsonl")
-        asked = read_revisions(Path(args.train_only), reviser, tokenizer)
-        what = f"{len(asked)} records"
-    else:
-        rows = load_rows(args.data, competition_row)
+    rows = load_rows(args.data, partial(to_training_row, reviser=reviser, tokenizer=tokenizer))
+    collected, asked, what = all("reviser" in row for row in rows), rows, f"{len(rows)} collected records"
+    if not collected:
         train = tokenize(rows, tokenizer, args)
         questions = min(args.questions or len(train), len(train))
         asked = step_rows(train, 1, questions, args.attempts, args.seed)
         what = f"{questions} of {len(rows)} rows ({len(rows) - len(train)} too long, left out)"
-    run = start_run(args, tokenizer, asked, competition_row, graded=not args.train_only)
+    run = start_run(args, tokenizer, asked, competition_row, graded=not collected)
     run.say(f"{args.method}: {what} on {run.world} x {run.device.type}")
     if args.dry_run:
         shown = asked[0]["prompt_ids"] + reviser.phrase_ids(tokenizer, False)
@@ -473,37 +443,44 @@ def main(args: Args) -> None:
 
     # 1. Collect: attempts, verdicts and revisions of the model as it is, before any training.
     student = load_model(args.model, run, args.lora_rank)
-    sampler, source = make_sampler(run, student), Path(args.train_only or run.out / "revisions.jsonl")
-    missing = run.sum(missing=not source.exists())["missing"]  # of any rank, before one of them writes it
-    if missing and not collect(run, sampler, student, asked, reviser):
+    sampler = make_sampler(run, student)
+    records = rows if collected else collect(run, sampler, student, asked, reviser)
+    if records is None:
         return
-    records = read_revisions(source, reviser, tokenizer)
-    collected, kept = report(run, records), [r for r in records if not r["dropped"]]
+    kept, dropped = [r for r in records if not r["dropped"]], [r["dropped"] for r in records]
+    run.say(", ".join(f"{dropped.count(why)} {why or 'kept'}" for why in sorted({"", *dropped})))
     if args.collect_only:
-        return run.say(f"{source}: to train on it, use --resume here, or --train-only in another run")
+        return run.say(f"to train on {run.out}/revisions.jsonl: --resume here, or --data in another run")
     if not kept:
-        raise InputError(f"{source}: no record was kept; use easier questions or more --revisions")
+        raise InputError("no record was kept; use easier questions or more --revisions")
     if args.method == "srt":
         contract = reviser._replace(questions=sorted({r["question"] for r in records}))
         run.files["srt.json"] = json.dumps(contract._asdict(), indent=1)
 
     # 2. Train on what was kept: one run over it, or two.
-    plan = stages(kept, args)
-    steps = sum(length for _, length, _, _ in plan)
+    plan = schedule(kept, args)
+    steps = len(plan)
     eval_tokens = args.eval_max_tokens or args.max_completion_tokens
     eval_sampling = Sampling(eval_tokens, args.eval_temperature, args.eval_top_p)
     done = run.start_training(steps, student, None)
     if not done:
+        attempts = [r["attempt"] for r in records if r["revision"] < 1]
+        drawn = len(attempts) + sum(r["revision"] >= 0 for r in records)
+        counts = {
+            "collect/questions": attempts.count(0),
+            "collect/rollouts": drawn,
+            "collect/kept": len(kept),
+        }
         measured = evaluate(run, sampler, student, 0, eval_sampling)
-        run.log(0, collected | measured | revise(run, sampler, student, eval_sampling, reviser))
+        run.log(0, counts | measured | revise(run, sampler, student, eval_sampling, reviser))
 
     for step in range(done + 1, steps + 1):
-        before, length, loss_name, part = next(stage for stage in reversed(plan) if step > stage[0])
-        if step == before + 1 and before:
-            run.optimizer = make_optimizer(student, args)  # the second stage is a run of its own
+        loss_name, part, at, length = plan[step - 1]
+        if at == 1 and step > 1:
+            run.optimizer = make_optimizer(student, args)  # the second run is one of its own
 
         # 2a. Take the step's revisions; count the tokens of all ranks before any backward: the denominators.
-        rows = run.share(step_rows(part, step - before, args.prompts_per_step, 1, args.seed))
+        rows = run.share(step_rows(part, at, args.prompts_per_step, 1, args.seed))
         ys = [r["y0_ids"] + r["phrase_ids"] + r["y1_ids"] for r in rows]
         samples = [Sample(r["prompt_ids"], y, len(r["y1_ids"])) for r, y in zip(rows, ys, strict=True)]
         n = run.sum(rows=len(rows), generation=sum(map(len, ys)), revision=sum(s.revision for s in samples))
@@ -523,7 +500,7 @@ def main(args: Args) -> None:
 
         # 2c. Step. Gradients are summed over ranks.
         warm = replace(args, warmup=args.warmup if args.warmup >= 1 else args.warmup * length)
-        lr = learning_rate(step - before, warm, length if args.schedule == "cosine" else 0)
+        lr = learning_rate(at, warm, length if args.schedule == "cosine" else 0)
         with run.timer("optim"):
             grad_norm = optimizer_step(run, lr)
 

@@ -10,26 +10,15 @@ from conftest import make_model, run_here
 
 import common
 import sdft
-from common import (
-    InputError,
-    Run,
-    Teacher,
-    as_messages,
-    completion_states,
-    head_of,
-    load_model,
-    most_uncertain,
-    parse_args,
-    tokenize,
-)
+from common import InputError, Run, Teacher, as_messages, parse_args, tokenize
 from sdft import PRESETS, Args, Sample, sdft_loss, to_training_row
 
 SYSTEM = {"role": "system", "content": "S"}
 TEMPLATE = Args().template
 
 
-def row(prompt="zig:4721", context="so4>7;7>2;2>1;1>4;", template=TEMPLATE, **more):
-    raw = {"prompt": prompt, "privileged_context": context, **more}
+def row(prompt="zig:4721", context="so4>7;7>2;2>1;1>4;", template=TEMPLATE):
+    raw = {"prompt": prompt, "privileged_context": context}
     return to_training_row(raw, Args(template=template)) | {"id": 0, "where": "f:1"}
 
 
@@ -46,19 +35,13 @@ def test_student_and_teacher_read_the_papers_words():
     )
 
 
-def test_the_student_never_reads_the_demonstration():
-    """Whatever the demonstration is, the student's token ids are the same."""
-    tokenizer = toy.make_tokenizer()
-    one, other = (tokenize([row(context=c)], tokenizer, Args())[0] for c in ("so4>7;", "so9>9;9>9;"))
-    assert one["prompt_ids"] == other["prompt_ids"]
-    assert one["teacher_ids"] != other["teacher_ids"]
-
-
 def test_system_message_and_earlier_turns_stay_and_braces_survive():
     before = [SYSTEM, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     turns = [*before, {"role": "user", "content": "{demonstration} %s"}]
-    r = row(prompt=turns, context="{prompt}", template="<{prompt}|{demonstration}>")
-    assert r["teacher_messages"] == [*before, {"role": "user", "content": "<{demonstration} %s|{prompt}>"}]
+    template = "[{prompt}] {demonstration}"  # which is text, not a list
+    sdft.check(Args(template=template), 1000)
+    r = row(prompt=turns, context="{prompt}", template=template)
+    assert r["teacher_messages"] == [*before, {"role": "user", "content": "[{demonstration} %s] {prompt}"}]
 
 
 def test_an_explicit_teacher_prompt_replaces_the_template():
@@ -87,18 +70,22 @@ def test_a_long_demonstration_never_pushes_the_question_out():
         tokenize([long], tokenizer, Args(max_teacher_tokens=64))
 
 
-def test_the_authors_json_lines_load():
-    """Their SciKnowEval and ToolAlpaca rows, for evaluation."""
+def test_the_authors_rows_load():
+    """Their SciKnowEval and ToolAlpaca rows, for evaluation; a right demonstration tells the letter."""
     science = {"prompt": "Q?", "system": "S", "answer": "A", "kind": "mcq", "idx": 4, "elo": "1500"}
     assert sdft.to_row(science)["answer"] == "A"
-    assert sdft.to_row(science)["prompt"][-1]["content"] == "Q?"
+    assert sdft.to_row(science)["prompt"] == [SYSTEM, *as_messages("Q?")]
     assert sdft.to_row({"prompt": "Q?", "answer": "[]", "kind": "tooluse"})["prompt"] == as_messages("Q?")
+    text = "<reasoning>\nx\n</reasoning>\n<answer>\nB\n</answer>"
+    shown = sdft.to_row({"messages": [{"role": "user", "content": "q"}], "output_text": text})
+    assert shown["answer"] == "B" and common.choice(text, shown) == 1
 
 
 TURNS = (
     '[{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{demonstration}"},'
     ' {"role": "user", "content": "{prompt}"}]'
 )
+MESSAGES = "expected text or chat messages"
 
 
 def test_turns_stand_in_place_of_the_last_user_message():
@@ -119,27 +106,20 @@ def test_turns_stand_in_place_of_the_last_user_message():
     "template, message",
     [
         ("{prompt} {privileged_context}", "needs the placeholders {demonstration}$"),
-        ("{demonstration}", "needs the placeholders {prompt}$"),
         ("no place", "needs the placeholders {prompt}, {demonstration}$"),
         (TURNS.replace("{demonstration}", "{solution}"), "needs the placeholders {demonstration}$"),
-        (TURNS[:-1], "expected text or chat messages"),
-        (TURNS.replace('"content": "{demonstration}"', '"text": "{demonstration}"'), "expected text or chat messages"),
-        (TURNS.replace('{"role": "user", "content": "{prompt}"}]', '"{prompt}"]'), "expected text or chat messages"),
-        (TURNS.rpartition(",")[0] + ', "content": ["{prompt}"]}]', "expected text or chat messages"),
+        (TURNS[:-1], MESSAGES),
+        (TURNS.replace('"content": "{demonstration}"', '"text": "{demonstration}"'), MESSAGES),
+        (TURNS.replace('{"role": "user", "content": "{prompt}"}]', '"{prompt}"]'), MESSAGES),
+        (TURNS.rpartition(",")[0] + ', "content": ["{prompt}"]}]', MESSAGES),
         (TURNS.rpartition(', {"role"')[0] + "]", "ends with the user's"),
-        (TURNS.replace(": \"{prompt}\"}]", ": \"a\"}]"), "last message must contain {prompt} and no other"),
-        (TURNS.replace(": \"{prompt}\"}]", ": \"{prompt}{demonstration}\"}]"), "and no other placeholder"),
+        (TURNS.replace(': "{prompt}"}]', ': "a"}]'), "last message must contain {prompt} and no other"),
+        (TURNS.replace(': "{prompt}"}]', ': "{prompt}{demonstration}"}]'), "and no other placeholder"),
     ],
 )
 def test_a_template_that_cannot_be_filled_is_refused(template, message):
     with pytest.raises(InputError, match=f"--template.*{message}"):
         sdft.check(Args(template=template), 1000)
-
-
-def test_a_text_in_brackets_is_a_text():
-    template = "[{prompt}] {demonstration}"
-    sdft.check(Args(template=template), 1000)
-    assert row(prompt="a", context="b", template=template)["teacher_messages"] == as_messages("[a] b")
 
 
 # ---- Which tokens carry the loss
@@ -148,7 +128,7 @@ def test_a_text_in_brackets_is_a_text():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     run = Run(Args(out="/nowhere", tokens_per_batch=1000))
-    student = run.student = load_model(str(make_model(tmp_path_factory.mktemp("world") / "m")), run)
+    student = run.student = common.load_model(str(make_model(tmp_path_factory.mktemp("world") / "m")), run)
     teacher = Teacher("ema", 0.1, student, run)
     prompts = [[3, 20, 5, 4], [3, 20, 21, 22, 5, 4]]
     contexts = [[3, 20, 40, 41, 42, 5, 4], [3, 43, 5, 4]]
@@ -163,9 +143,9 @@ def loss_of(world, args, samples=None, context=True):
     skip = args.skip_tokens if args.method == "sdft" else 0
     samples = [s._replace(mask=[t >= skip for t in range(len(s.y))]) for s in samples]
     targets = world.teacher.targets([(s.context if context else s.prompt, s.y) for s in samples])
-    h_ND = completion_states(world.student, [(s.prompt, s.y) for s in samples])
+    h_ND = common.completion_states(world.student, [(s.prompt, s.y) for s in samples])
     n = {"sequences": len(world.samples)}
-    loss, stats, _ = sdft_loss(h_ND, head_of(world.student), targets, samples, n, args)
+    loss, stats, _ = sdft_loss(h_ND, common.head_of(world.student), targets, samples, n, args)
     return loss, stats
 
 
@@ -179,58 +159,47 @@ def drawn_by_hand(model, s):
     return logps_by_hand(model, s.prompt, s.y).gather(1, torch.tensor(s.y)[:, None])[:, 0]
 
 
-def test_loss_is_the_papers_sum_by_hand(world):
-    """L = 1/B sum_i 1/n_i sum_{t>3} KL(teacher || student), n_i = |y_i| - 3. Trap 1: not swapped."""
-    want = 0.0
+def losses_by_hand(world):
+    """1/n_i sum_{t>3} KL(teacher || student) of each answer, n_i = |y_i| - 3. Trap 1: not swapped."""
+    found = []
     for s in world.samples:
         p = logps_by_hand(world.student, s.prompt, s.y)
         q = logps_by_hand(world.teacher.model, s.context, s.y)
-        want += (q.exp() * (q - p)).sum(-1)[3:].mean().item() / 2
-    assert loss_of(world, Args(is_cap=0))[0].item() == pytest.approx(want, rel=1e-5)
+        found.append((q.exp() * (q - p)).sum(-1)[3:].mean().item())
+    return found
 
 
-def test_same_model_same_prompt_gives_zero(world):
-    """Trap 14: any shift between the sides would show."""
+def test_loss_is_the_papers_mean_by_hand(world):
+    """Trap 14: with one prompt on both sides, any shift between them would show."""
+    assert loss_of(world, Args(is_cap=0))[0].item() == pytest.approx(sum(losses_by_hand(world)) / 2, rel=1e-5)
     assert abs(loss_of(world, Args(is_cap=0, skip_tokens=0), context=False)[0].item()) < 1e-6
-    assert loss_of(world, Args(is_cap=0, skip_tokens=0))[0].item() > 0.1
 
 
 def test_baselines_by_hand(world):
     """SFT: -log p(c). DFT: -sg[p(c)] log p(c), whose gradient is p times SFT's."""
-    sft = dft = 0.0
-    for s in world.samples:
-        logp = drawn_by_hand(world.student, s)
-        sft -= logp.mean().item() / 2
-        dft -= (logp.exp() * logp).mean().item() / 2
-    assert loss_of(world, Args(method="sft"))[0].item() == pytest.approx(sft, rel=1e-5)
-    assert loss_of(world, Args(method="dft"))[0].item() == pytest.approx(dft, rel=1e-5)
-
-
-def test_dft_does_not_differentiate_its_weight(world):
-    grads, sample = {}, world.samples[0]._replace(y=[30], logps=[-1.0])
+    logps = [drawn_by_hand(world.student, s) for s in world.samples]
+    sft, dft = sum(-p.mean() for p in logps) / 2, sum(-(p.exp() * p).mean() for p in logps) / 2
+    assert loss_of(world, Args(method="sft"))[0].item() == pytest.approx(sft.item(), rel=1e-5)
+    assert loss_of(world, Args(method="dft"))[0].item() == pytest.approx(dft.item(), rel=1e-5)
+    grads, sample = [], world.samples[0]._replace(y=[30], logps=[-1.0])
     for method in ("sft", "dft"):
         world.student.zero_grad()
         loss_of(world, Args(method=method), samples=[sample])[0].backward()
-        grads[method] = world.student.lm_head.weight.grad.clone()
-    p = logps_by_hand(world.student, sample.prompt, [30])[0, 30].exp().item()
-    assert torch.allclose(grads["dft"], p * grads["sft"], atol=1e-7)
+        grads.append(world.student.lm_head.weight.grad.clone())
+    p = drawn_by_hand(world.student, sample).exp().item()
+    assert torch.allclose(grads[1], p * grads[0], atol=1e-7)
 
 
 def test_is_weight_is_one_capped_mean_per_sequence(world):
     """w_i = mean_t min(r_t, cap) over the loss tokens; no lower clip (section 1.4 of the code)."""
     offsets = [torch.tensor([0.1, 0.2, 0.3, -0.5, 3.0]), torch.tensor([9.0, 9.0, 9.0, 0.2])]
-    samples = []
-    for s, offset in zip(world.samples, offsets, strict=True):
-        samples.append(s._replace(logps=(drawn_by_hand(world.student, s) - offset).tolist()))
+    pairs = zip(world.samples, offsets, strict=True)
+    samples = [s._replace(logps=(drawn_by_hand(world.student, s) - offset).tolist()) for s, offset in pairs]
     loss, stats = loss_of(world, Args(is_cap=2.0), samples=samples)
     first, second = (math.exp(-0.5) + 2.0) / 2, math.exp(0.2)
     assert stats["ratio"].tolist() == pytest.approx([first] * 5 + [second] * 4, rel=1e-5)
-    kls = []
-    for s in world.samples:
-        p = logps_by_hand(world.student, s.prompt, s.y)
-        q = logps_by_hand(world.teacher.model, s.context, s.y)
-        kls.append((q.exp() * (q - p)).sum(-1)[3:].mean().item())
-    assert loss.item() == pytest.approx((first * kls[0] + second * kls[1]) / 2, rel=1e-5)  # trap 40
+    one, other = losses_by_hand(world)
+    assert loss.item() == pytest.approx((first * one + second * other) / 2, rel=1e-5)  # trap 40
 
 
 def test_loss_does_not_depend_on_the_split(world):
@@ -262,23 +231,17 @@ def test_prompts_scored_are_the_very_lists_that_were_sampled_from(tiny, tmp_path
     def see_sample(args, rollouts):
         _, _, prompts, _, stream, _ = args
         if stream[0] == common.TRAIN_STREAM:
-            sampled.extend((tuple(p), tuple(y.ids)) for p, y in zip(prompts, rollouts, strict=True))
+            sampled.extend((p, y.ids) for p, y in zip(prompts, rollouts, strict=True))
 
     watch(monkeypatch, common.Sampler, "__call__", see_sample)
     watch(monkeypatch, Teacher, "targets", lambda args, _: taught.extend(args[1]))
     watch(monkeypatch, sdft, "completion_states", lambda args, _: scored.extend(args[1]))
     run_here("sdft", tmp_path / "r", tiny)
-    scored = [(tuple(p), tuple(y)) for p, y in scored]
-    assert len(sampled) == 24
-    assert sorted(s for s in sampled if len(s[1]) > 1) == sorted(scored)
-    header = toy.make_tokenizer()("This is an example for a response to the question:\n")["input_ids"]
-
-    def holds(prompt):
-        return any(list(prompt[i : i + len(header)]) == header for i in range(len(prompt)))
-
-    assert [tuple(y) for _, y in taught] == [y for _, y in scored]
-    assert all(holds(prompt) for prompt, _ in taught)
-    assert not any(holds(prompt) for prompt, _ in scored)
+    assert len(sampled) == 24 and sorted(s for s in sampled if len(s[1]) > 1) == sorted(scored)
+    assert [y for _, y in taught] == [y for _, y in scored]
+    text = toy.make_tokenizer().decode
+    assert all("an example for a response" in text(prompt) for prompt, _ in taught)
+    assert not any("an example for a response" in text(prompt) for prompt, _ in scored)
 
 
 def test_generate_from_teacher_samples_with_the_demonstration(tiny, tmp_path, monkeypatch):
@@ -287,12 +250,11 @@ def test_generate_from_teacher_samples_with_the_demonstration(tiny, tmp_path, mo
     def see_sample(args, _):
         _, model, prompts, _, stream, _ = args
         if stream[0] == common.TRAIN_STREAM:
-            seen.append((prompts[0], any(p.requires_grad for p in model.parameters())))
+            seen.append(len(prompts[0]) > 30 and not any(p.requires_grad for p in model.parameters()))
 
     watch(monkeypatch, common.Sampler, "__call__", see_sample)
     run_here("sdft", tmp_path / "r", tiny, "--generate-from teacher --is-cap 0")
-    assert len(seen) == 3
-    assert all(len(prompt) > 30 and not trained for prompt, trained in seen)
+    assert seen == [True] * 3
 
 
 def test_the_ema_waits_when_a_gradient_was_skipped(tiny, tmp_path, monkeypatch):
@@ -311,42 +273,36 @@ def test_what_masks_tokens_masks_them_in_the_baselines_too(method, tiny, tmp_pat
     assert part["train/loss"] != whole["train/loss"] and part["train/grad_norm"] != whole["train/grad_norm"]
 
 
-def test_evaluation_may_have_a_limit_of_its_own(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["sdft", "srt", "sdzero"])
+def test_evaluation_may_have_a_limit_of_its_own(script, tiny, tmp_path, monkeypatch):
     limits = {}
 
     def see(args, _):
         limits.setdefault(args[4][0], set()).add(args[5].max_tokens)
 
     watch(monkeypatch, common.Sampler, "__call__", see)
-    run_here("sdft", tmp_path / "r", tiny, "--steps 1 --eval-max-tokens 7")
+    run_here(script, tmp_path / "r", tiny, "--steps 1 --eval-max-tokens 7")
     assert limits == {common.TRAIN_STREAM: {30}, common.EVAL_STREAM: {7}}
-
-
-def test_science_rows_can_validate():
-    """The authors' training folder has right demonstrations and no answers; the letter is in the text."""
-    text = "<reasoning>\nx\n</reasoning>\n<answer>\nB\n</answer>"
-    row = sdft.to_row({"messages": [{"role": "user", "content": "q"}], "output_text": text})
-    assert row["answer"] == "B" and common.choice(text, row) == 1
 
 
 def test_ema_moves_once_per_step_whatever_the_micro_batches(tiny, tmp_path, monkeypatch):
     """Trap 33."""
     calls = []
     watch(monkeypatch, Teacher, "update", lambda *_: calls.append(1))
-    a = run_here("sdft", tmp_path / "a", tiny, "--tokens-per-batch 8")
-    assert len(calls) == 3
-    b = run_here("sdft", tmp_path / "b", tiny)
-    assert a[-1]["teacher/distance"] == pytest.approx(b[-1]["teacher/distance"], rel=1e-3)
-    assert a[-1]["teacher/distance"] > 0
+    a, b = (run_here("sdft", tmp_path / n, tiny, f"--tokens-per-batch {n}")[-1] for n in ("8", "9999"))
+    assert len(calls) == 3 + 3 and 0 < a["teacher/distance"] == pytest.approx(b["teacher/distance"], rel=1e-3)
 
 
-def test_answers_cut_off_are_left_out_when_asked(tiny, tmp_path):
-    """Trap 13."""
-    kept = run_here("sdft", tmp_path / "kept", tiny, "--no-mask-truncated")[1]
-    masked = run_here("sdft", tmp_path / "masked", tiny, "--mask-truncated")[1]
-    assert 0 < kept["rollout/cut_frac"] < 1
-    assert kept["distill/active_frac"] > masked["distill/active_frac"] > 0
-    assert masked["distill/active_frac"] <= 1 - masked["rollout/cut_frac"] + 1e-9
+@pytest.mark.parametrize("script, tokens", [("sdft", 29), ("sdzero", 30), ("distill", 30)])
+def test_answers_cut_off_are_left_out_when_asked(script, tokens, tiny, tmp_path):
+    """Trap 13. A cut-off answer has 30 tokens, of which sdft skips one here."""
+    kept = run_here(script, tmp_path / "kept", tiny, "--steps 1")[1]
+    masked = run_here(script, tmp_path / "masked", tiny, "--steps 1 --mask-truncated")[1]
+    cut = 8 * kept["rollout/cut_frac"]
+    assert 0 < cut < 8 and masked["rollout/cut_frac"] == kept["rollout/cut_frac"]
+    assert kept["distill/tokens"] - masked["distill/tokens"] == cut * tokens
+    if script != "distill":
+        assert kept["distill/active_frac"] - masked["distill/active_frac"] == pytest.approx(cut / 8)
 
 
 def test_a_step_without_a_loss_token_changes_nothing(tiny, tmp_path):
@@ -367,20 +323,19 @@ def test_evaluation_does_not_touch_training(tiny, tmp_path):
     assert "eval/avg@1" not in never[1]
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--generate-from teacher", "add --is-cap 0"),
-        ("--support sampled", "needs --divergence reverse_kl"),
-        ("--generate-from teacher --is-cap 0 --support sampled --divergence reverse_kl", "the student drew"),
-        ("--ema-rate 1.5", "--ema-rate 1.5: expected"),
-        ("--is-cap -1", "--is-cap -1: expected"),
-        ("--support student_topk --topk 1000", "--topk 1000: the vocabulary has"),
-    ],
-)
-def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
+MISTAKES = """sdft --generate-from teacher | add --is-cap 0
+sdft --support sampled | needs --divergence reverse_kl
+sdft --generate-from teacher --is-cap 0 --support sampled --divergence reverse_kl | the student drew
+sdft --support student_topk --topk 1000 | --topk 1000: the vocabulary has
+sdzero --support sampled | needs --divergence reverse_kl
+sdzero --support teacher_topk --topk 1000 | the vocabulary has"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.split("\n"))
+def test_flags_that_cannot_mean_what_they_say(mistake, tiny, tmp_path):
+    (script, _, flags), message = mistake.split(" | ")[0].partition(" "), mistake.split(" | ")[1]
     with pytest.raises(InputError, match=message):
-        run_here("sdft", tmp_path / "r", tiny, flags)
+        run_here(script, tmp_path / "r", tiny, flags)
 
 
 def test_skipped_tokens_carry_no_loss(tiny, tmp_path):
@@ -406,34 +361,20 @@ def test_entropy_quantile_keeps_the_most_uncertain_tokens(tiny, tmp_path):
     assert split["train/loss"] == pytest.approx(some["train/loss"], rel=1e-6)
 
 
-def test_most_uncertain_by_hand(world):
-    masks = [[False, True, True, True, True], [True, True, True, True]]
-    samples = [s._replace(mask=mask) for s, mask in zip(world.samples, masks, strict=True)]
-    rows = [logps_by_hand(world.student, s.prompt, s.y) for s in samples]
-    entropy = [(-(row.exp() * row).sum(-1)).tolist() for row in rows]
-    marked = [(e, m) for es, ms in zip(entropy, masks, strict=True) for e, m in zip(es, ms, strict=True)]
-    threshold = sorted(e for e, m in marked if m)[-4] - 1e-4
-    for s in most_uncertain(world.run, world.student, samples, 0.5):
-        i = [t.y for t in samples].index(s.y)
-        assert s.mask == [m and e > threshold for e, m in zip(entropy[i], masks[i], strict=True)]
+WAYS = """--divergence reverse_kl
+--divergence jsd
+--divergence mixed --support teacher_topk --topk 5
+--support student_topk --topk 5
+--divergence reverse_kl --support sampled
+--teacher live
+--teacher base
+--method sft
+--method dft
+--lora-rank 2
+--rollouts 2"""
 
 
-WAYS = [
-    "--divergence reverse_kl",
-    "--divergence jsd",
-    "--divergence mixed --support teacher_topk --topk 5",
-    "--support student_topk --topk 5",
-    "--divergence reverse_kl --support sampled",
-    "--teacher live",
-    "--teacher base",
-    "--method sft",
-    "--method dft",
-    "--lora-rank 2",
-    "--rollouts 2",
-]
-
-
-@pytest.mark.parametrize("flags", WAYS)
+@pytest.mark.parametrize("flags", WAYS.split("\n"))
 def test_every_way_runs_and_lowers_its_own_loss(flags, tiny, tmp_path):
     """On the same prompts again and again; `sampled` has an advantage, which shrinks on average only."""
     more = f"--steps 20 --lr 1e-2 --prompts-per-step 12 --eval-every 20 {flags}"
@@ -448,31 +389,14 @@ def test_every_way_runs_and_lowers_its_own_loss(flags, tiny, tmp_path):
 
 
 def test_presets_are_the_papers():
-    """Tables 3 and 4, and the authors' main.py where the tables are silent."""
+    """Tables 3 and 4, and the authors' main.py where the tables are silent; test_settings.py has the rest."""
     for name in ("tooluse", "science", "medical", "knowledge"):
         a = parse_args(Args, PRESETS, ["--preset", name])
-        assert (a.model, a.divergence, a.support) == ("Qwen/Qwen2.5-7B-Instruct", "forward_kl", "full")
         assert (a.skip_tokens, a.teacher, a.ema_rate, a.is_cap) == (3, "ema", 0.01, 2.0)
-        assert (a.rollouts, a.prompts_per_step) == (1, 32)
-        assert (a.schedule, a.warmup, a.weight_decay) == ("cosine", 10, 0.0)
-        assert (a.adam_betas, a.seed, a.eval_temperature) == ((0.9, 0.999), 42, 0)
-        assert a.lr in (5e-6, 1e-5, 5e-5)
-        assert a.max_completion_tokens == (1024 if name == "knowledge" else 2048)
-        assert a.epochs == (4 if name == "knowledge" else 2)
-        assert a.max_prompt_tokens == 1024
-        assert a.out == f"runs/sdft-{name}"
+        assert (a.schedule, a.adam_betas, a.seed) == ("cosine", (0.9, 0.999), 42)
+        assert a.max_prompt_tokens == 1024 and a.out == f"runs/sdft-{name}"
         assert a.data.endswith("#train") == (name != "knowledge")
-    a = parse_args(Args, PRESETS, ["--preset", "science"])
-    assert (a.verifier, a.eval_data) == ("choice", ("data/science_train#test", "data/science_eval"))
-    a = parse_args(Args, PRESETS, ["--preset=tooluse"])
-    assert (a.verifier, a.eval_data) == ("tool_use", ("data/tooluse_train#test", "data/tooluse_eval"))
-    assert a.eval_max_tokens == 1024
+    for name in ("science", "tooluse"):
+        a = parse_args(Args, PRESETS, ["--lr", "1.0", f"--preset={name}"])
+        assert a.lr == 1.0 and a.eval_data == (f"data/{name}_train#test", f"data/{name}_eval")
     assert common.MAX_GRAD_NORM == 1.0
-
-
-def test_flags_win_over_the_preset():
-    flags = ["--lr", "1.0", "--preset", "science", "--chat-kwargs", '{"enable_thinking": false}']
-    a = parse_args(Args, PRESETS, flags)
-    assert (a.lr, a.verifier, a.chat_kwargs) == (1.0, "choice", {"enable_thinking": False})
-    with pytest.raises(InputError, match="--preset sience: .* toy, smol, tooluse, science"):
-        parse_args(Args, PRESETS, ["--preset", "sience"])

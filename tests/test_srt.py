@@ -1,21 +1,18 @@
 """SRT: what is collected and kept, a killed collection loses nothing, and which token each loss covers."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import toy
-from conftest import ROOT, flags_of, killed_after, launch, make_model, run_here, same
+from conftest import flags_of, killed_after, launch, make_model, run_here, same
+from test_sdft import watch
 
 import common
 import srt
 from common import InputError, Rollout, Run, completion_states, head_of, load_model, parse_args, read_jsonl
-from srt import PRESETS, Args, Sample, srt_loss, stages, strip_opening, trim_repeats, why_not
+from srt import PRESETS, Args, Sample, cleaned, schedule, srt_loss, why_not
 
 TOKENIZER = toy.make_tokenizer()
 WRONG = "\n\nWait, this response is wrong. Let me correct it.\n\n"
@@ -109,34 +106,39 @@ def test_flags_of_the_collection(scripted):
 
 
 @pytest.mark.parametrize(
-    "clean, flaw, text",
+    "revision, flaw, text",
     [
-        (trim_repeats, "so it is 4. " * 5, "so it is 4. "),
-        (trim_repeats, "abcdefghij" * 2, "abcdefghij" * 2),
-        (trim_repeats, "x" + "0123456789\n" * 3, "x0123456789\n"),
-        (trim_repeats, "4", "4"),
-        (trim_repeats, "", ""),
-        (strip_opening, "You're right, I erred. the sum is 4.", "The sum is 4."),
-        (strip_opening, "Thank you for checking! Good catch. 2+2", "2+2"),
-        (strip_opening, "Good work is 4.", "Good work is 4."),
-        (strip_opening, "It is 4. Thank you for asking.", "It is 4. Thank you for asking."),
+        (False, "so it is 4. " * 5, "so it is 4. "),
+        (True, "abcdefghij" * 2, "abcdefghij" * 2),
+        (True, "x" + "0123456789\n" * 3, "x0123456789\n"),
+        (False, "4", "4"),
+        (True, "", ""),
+        (True, "You're right, I erred. the sum is 4.", "The sum is 4."),
+        (False, "You're right, I erred. the sum is 4.", "You're right, I erred. the sum is 4."),
+        (True, "Thank you for checking! Good catch. 2+2", "2+2"),
+        (True, "Good work is 4.", "Good work is 4."),
+        (True, "It is 4. Thank you for asking.", "It is 4. Thank you for asking."),
+        (True, "Good catch. " + "0123456789" * 3, "0123456789"),
     ],
 )
-def test_repeating_tails_and_chat_openings_are_cut(clean, flaw, text):
-    assert clean(flaw) == text
+def test_repeating_tails_and_chat_openings_are_cut(revision, flaw, text):
+    """The tokens are new, but for the EOS, where something was cut."""
+    run = SimpleNamespace(text=lambda y: flaw, tokenizer=lambda text, **_: {"input_ids": list(text)})
+    y = Rollout(["old", "EOS"], [0.0, 0.0], True)
+    assert cleaned(run, y, revision).ids == (y.ids if flaw == text else [*text, "EOS"])
 
 
 def test_a_cleaned_revision_is_verified_again_and_its_tokens_are_new(scripted, monkeypatch):
-    monkeypatch.setattr(srt, "strip_opening", lambda text: text.removeprefix("4") or "6")
+    sixes = TOKENIZER("6")["input_ids"] + [TOKENIZER.eos_token_id]
+    monkeypatch.setattr(srt, "cleaned", lambda run, y, revision: y._replace(ids=sixes) if revision else y)
     records = scripted.run()
     assert records[("9", 0)]["y1"] == "6" and records[("9", 0)]["dropped"] == "wrong"
-    assert records[("9", 0)]["y1_ids"] == TOKENIZER("6")["input_ids"] + [TOKENIZER.eos_token_id]
+    assert records[("9", 0)]["y1_ids"] == sixes
 
 
 def test_a_cleaned_answer_keeps_the_spelling_of_special_tokens_as_text():
     run = SimpleNamespace(tokenizer=TOKENIZER, text=lambda y: "so<|end|>" + "0123456789" * 3)
-    y = Rollout([7, TOKENIZER.eos_token_id], [0.0, 0.0], True)
-    y = srt.with_text(run, y, srt.trim_repeats(run.text(y)))
+    y = cleaned(run, Rollout([7, TOKENIZER.eos_token_id], [0.0, 0.0], True), False)
     assert y.ids.count(TOKENIZER.eos_token_id) == 1 and len(y.ids) > 12
 
 
@@ -144,71 +146,66 @@ def test_a_cleaned_answer_keeps_the_spelling_of_special_tokens_as_text():
 
 
 def collect(tiny, out, more=""):
-    return f"srt.py {flags_of('srt', out, tiny, f'--collect-only --collect-batch 2 {more}')}".split()
+    """The bytes that a collection in batches of two leaves."""
+    flags = flags_of("srt", out, tiny, f"--collect-only --collect-batch 2 {more}")
+    srt.main(parse_args(Args, PRESETS, flags.split()))
+    found = (out / "revisions.jsonl").read_bytes()
+    assert not (out / "collected").exists()
+    return found
 
 
-def revisions(folder):
-    return (folder / "revisions.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize("place", ["draw 1", "draw 6", "write 2", "write 12", "rename 3", "rename 13"])
+@pytest.mark.parametrize("place", ["draw 1", "draw 6", "write 3", "write 13", "rename 3", "rename 13"])
 def test_a_collection_that_dies_anywhere_goes_on_where_it_was(place, tiny, tmp_path, monkeypatch):
     """In the middle of drawing, of writing a batch, between writing and renaming, and of the final file."""
-
-    def main(name, more=""):
-        srt.main(parse_args(Args, PRESETS, collect(tiny, tmp_path / name, more)[1:]))
-
-    main("whole")
     what, when = place.split()
-    places = {"draw": (common.Sampler, "__call__"), "write": (srt, "append_jsonl"), "rename": (srt.Path, "rename")}
+    places = {"draw": (common.Sampler, "__call__"), "write": (srt.Path, "write_text"), "rename": (srt.Path, "rename")}
     done, calls = getattr(*places[what]), iter(range(1, 1000))
 
-    def dying(*args):
+    def dying(*args, **kwargs):
         if next(calls) == int(when):
             if what == "write":
-                args[0].write_text('{"half a li')
+                done(args[0], '{"half a li')
             raise KeyboardInterrupt
-        return done(*args)
+        return done(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*places[what], dying)
-        main("r")
-    main("r", "--resume")
-    assert revisions(tmp_path / "r") == revisions(tmp_path / "whole")
-    assert not (tmp_path / "r" / "collected").exists()
+        collect(tiny, tmp_path / "r")
+    assert collect(tiny, tmp_path / "r", "--resume") == collect(tiny, tmp_path / "whole")
 
 
-def test_three_kills_at_random_moments_change_nothing(tiny, tmp_path):
-    slow = "import time\ndef slow(completion, row):\n    time.sleep(0.05)\n    return float(len(completion) % 2)\n"
-    (tmp_path / "slow.py").write_text(slow)
-    streams = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def test_a_killed_collection_keeps_its_batches(tiny, tmp_path, capsys):
+    """kill -9 when 7 batches of 4 completions are there and the next is half graded."""
+    (tmp_path / "v.py").write_text(
+        f"import os, pathlib\ncalls, killed = [], pathlib.Path('{tmp_path}/killed')\n"
+        "def v(completion, row):\n    calls.append(1)\n"
+        "    if len(calls) == 30 and not killed.exists():\n"
+        "        killed.write_text('')\n        os.kill(os.getpid(), 9)\n"
+        "    return float(len(completion) % 2)\n"
+    )
+    more = f"--verifier {tmp_path}/v.py:v --collect-batch 2 --collect-only"
+    assert launch(f"srt.py {flags_of('srt', tmp_path / 'r', tiny, more)}").returncode == -9
+    assert not (tmp_path / "r" / "revisions.jsonl").exists()
+    resumed, said = collect(tiny, tmp_path / "r", f"{more} --resume"), capsys.readouterr().out
+    assert "collected 14 of 24" not in said and "collected 16 of 24" in said
+    assert resumed == collect(tiny, tmp_path / "whole", more)
 
-    def start(name):
-        flags = collect(tiny, tmp_path / name, f"--resume --verifier {tmp_path}/slow.py:slow")
-        return subprocess.Popen([sys.executable, *flags], **streams)
 
-    whole = start("whole")
-    for _ in range(3):
-        process = start("r")
-        while "collected" not in process.stdout.readline():
-            assert process.poll() is None
-        time.sleep(torch.rand(()).item() * 0.5)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not (tmp_path / "r" / "revisions.jsonl").exists()
-    last = start("r")
-    for process in (whole, last):
-        process.communicate()
-        assert process.returncode == 0
-    assert revisions(tmp_path / "r") == revisions(tmp_path / "whole")
+def test_a_stopped_collection_says_how_to_continue(tiny, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
+        patch.setattr(Run, "gather", lambda run, values: setattr(run, "stopped", True) or values)
+        collect(tiny, tmp_path / "r")
+    assert "rerun the same command with --resume" in capsys.readouterr().out
+    assert len(list((tmp_path / "r" / "collected").iterdir())) == 1
+    assert collect(tiny, tmp_path / "r", "--resume") == collect(tiny, tmp_path / "whole")
 
 
 def test_processes_collect_the_same(tiny, tmp_path):
-    for n in (1, 2):
-        done = launch(" ".join(collect(tiny, tmp_path / str(n))), processes=n)
-        assert done.returncode == 0, done.stderr
-    assert revisions(tmp_path / "1") == revisions(tmp_path / "2")
-    assert revisions(tmp_path / "1").count(b"\n") == 24
+    flags = flags_of("srt", tmp_path / "2", tiny, "--collect-only --collect-batch 2")
+    done = launch(f"srt.py {flags}", processes=2)
+    assert done.returncode == 0, done.stderr
+    one = collect(tiny, tmp_path / "1")
+    assert one == (tmp_path / "2" / "revisions.jsonl").read_bytes() and one.count(b"\n") == 24
 
 
 # ---- What each loss covers
@@ -234,37 +231,26 @@ def test_the_losses_by_hand(loss, tmp_path):
     assert stats["revision_logp"].tolist() == pytest.approx([0] * 4 + logp[4:].tolist(), rel=1e-5)
 
 
-def record(reward, name="q"):
-    return {"y0_reward": reward, "where": name}
-
-
 def test_the_authors_two_stages():
     """Stage two takes revisions of right attempts first; right ones left over are in neither stage."""
     kept = [{"y0_reward": float(name in "bd"), "where": name} for name in "abcde"]
 
     def plan(**flags):
-        return [(loss, "".join(r["where"] for r in part)) for _, _, loss, part in stages(kept, Args(**flags))]
+        steps = schedule(kept, Args(**flags, epochs=1, prompts_per_step=2))
+        return [(loss, "".join(r["where"] for r in part), at, length) for loss, part, at, length in steps]
 
-    assert plan(loss="sequential", stage_two=3) == [("generation", "ce"), ("revision", "bda")]
-    assert plan(loss="sequential", stage_two=1) == [("generation", "ace"), ("revision", "b")]
-    assert plan() == [("joint", "abcde")] and plan(method="rft") == [("generation", "abcde")]
+    assert plan(loss="sequential", stage_two=3) == [
+        ("generation", "ce", 1, 1), ("revision", "bda", 1, 2), ("revision", "bda", 2, 2)]  # fmt: skip
+    assert plan(loss="sequential", stage_two=1, steps=1) == [("generation", "ace", 1, 1), ("revision", "b", 1, 1)]
+    assert plan(loss="sequential", stage_two=5, steps=1) == [("revision", "bdace", 1, 1)]
+    assert plan()[2:] == [("joint", "abcde", 3, 3)] and plan(method="rft")[2:] == [("generation", "abcde", 3, 3)]
 
 
 def test_the_second_stage_is_a_run_of_its_own(tiny, tmp_path, monkeypatch, odd):
     """A new optimizer, the other loss, a warm-up of its own: a share of its steps, or a number of steps."""
     made, losses = [], []
-    make, loss_of = srt.make_optimizer, srt.srt_loss
-
-    def watched_make(*args):
-        made.append(1)
-        return make(*args)
-
-    def watched_loss(*args):
-        losses.append(args[-1])
-        return loss_of(*args)
-
-    monkeypatch.setattr(srt, "make_optimizer", watched_make)
-    monkeypatch.setattr(srt, "srt_loss", watched_loss)
+    watch(monkeypatch, srt, "make_optimizer", lambda args, _: made.append(args))
+    watch(monkeypatch, srt, "srt_loss", lambda args, _: losses.append(args[-1]))
     flags = f"--loss sequential --stage-two 5 {odd}"
     rows = run_here("srt", tmp_path / "r", tiny, f"{flags} --steps 2 --warmup 2")
     assert len(made) == 1 and list(dict.fromkeys(losses)) == ["generation", "revision"]
@@ -284,26 +270,20 @@ def test_data_sets_and_the_judge_of_the_paper():
     ]
     for text, reward in (("So the answer is 2.", 1), ("2", 1), ("\\boxed{4}, the answer is 2", 0)):
         assert common.math_answer(text, row)[0] == reward
-    case = {"input_format": "n", "prompt": "Print n.", "examples": [{"input": "1", "output": "1"}]}
-    row = srt.competition_row(case)
-    assert row["prompt"][1]["content"] == "Print n."
     text = "```c\nlong long\n```\n```python\nprint(input())\n```"
-    assert common.find_program(text, row["block"]) == "print(input())\n" and common.code(text, row)[0] == 1.0
+    case = {"input_format": "n", "prompt": "Print n.", "examples": [{"input": "1", "output": "1"}]}
     tests = json.dumps({"inputs": ["1"], "outputs": ["1"], "testtype": "stdin", "fn_name": None, "time_limit": 6})
-    row = srt.competition_row({"kind": "code", "prompt": "Print n.", "tests": tests})  # LiveCodeBench, SDPO's file
-    assert common.code(text, row)[0] == 1.0
-
-
-def test_evaluation_may_have_a_limit_of_its_own(tiny, tmp_path, monkeypatch):
-    limits, sample = {}, common.Sampler.__call__
-
-    def watched(self, model, prompts, keys, stream, how):
-        limits.setdefault(stream[0], set()).add(how.max_tokens)
-        return sample(self, model, prompts, keys, stream, how)
-
-    monkeypatch.setattr(common.Sampler, "__call__", watched)
-    run_here("srt", tmp_path / "r", tiny, "--steps 1 --eval-max-tokens 40")
-    assert limits == {common.TRAIN_STREAM: {30}, common.EVAL_STREAM: {40}}
+    for raw in (case, {"kind": "code", "prompt": "Print n.", "tests": tests}):  # LiveCodeBench, SDPO's file
+        row = srt.competition_row(raw)
+        assert row["prompt"][-1]["content"] == "Print n." and common.code(text, row)[0] == 1.0
+    assert srt.competition_row(case)["prompt"][0]["content"].endswith("solves coding problems step by step.")
+    assert common.find_program(text, row["block"]) == "print(input())\n"
+    assert Args().max_tokens == 32768
+    assert [phrases[1] for phrases in common.PHRASES.values()] == [
+        "Wait, this response is not correct, let me start over.",
+        "Wait, this response is wrong. Let me correct it.",
+        "Wrong. I need to redo all.",
+    ]
 
 
 def test_resume_within_and_between_stages(tiny, tmp_path):
@@ -316,53 +296,55 @@ def test_resume_within_and_between_stages(tiny, tmp_path):
 
 
 def test_training_later_or_elsewhere_is_the_same(tiny, tmp_path):
-    """--collect-only then --resume, and --train-only FILE, end where one run ends, with the same contract."""
+    """--collect-only then --resume, and --data FILE, end where one run ends, with the same contract."""
     few = "--questions 10"
     whole = run_here("srt", tmp_path / "whole", tiny, few)
     with pytest.raises(FileNotFoundError):
         run_here("srt", tmp_path / "r", tiny, f"{few} --collect-only")  # no step was taken, so no metrics
     with pytest.raises(InputError, match="already holds a run"):
         run_here("srt", tmp_path / "r", tiny, few)
-    elsewhere = f"{few} --train-only {tmp_path}/whole/revisions.jsonl"
+    elsewhere = f"{few} --data {tmp_path}/whole/revisions.jsonl"
     for name, how in (("r", f"{few} --resume"), ("t", elsewhere)):
-        rows = run_here("srt", tmp_path / name, tiny, how)
-        assert [r.get("train/loss") for r in rows] == [r.get("train/loss") for r in whole]
+        same(run_here("srt", tmp_path / name, tiny, how), whole)
     texts = {(tmp_path / name / "last" / "srt.json").read_text() for name in ("whole", "r", "t")}
     [saved] = map(json.loads, texts)
     assert (saved["right"], saved["wrong"], saved["chat_kwargs"]) == (RIGHT.strip(), WRONG.strip(), {})
     records = read_jsonl(tmp_path / "whole" / "revisions.jsonl")
     assert len(saved["questions"]) == len({r["where"] for r in records}) == 10
+    assert whole[0]["collect/questions"] == 10 and whole[0]["collect/rollouts"] == 20
+    assert whole[0]["collect/kept"] == sum(not r["dropped"] for r in records)
 
 
 def test_records_of_another_collection_are_refused(tiny, tmp_path):
     """Other phrases, chat arguments or another tokenizer: srt.json would be wrong about the model."""
-    run_here("srt", tmp_path / "r", tiny, "--phrases olmo")
-    records, other = tmp_path / "r" / "revisions.jsonl", tmp_path / "other.jsonl"
-    lines = read_jsonl(records)
-    assert all(r["reviser"]["wrong"] == "Wrong. I need to redo all." for r in lines)
-    lines[2]["phrase_ids"] = [30, *lines[2]["phrase_ids"]]
-    other.write_text("".join(json.dumps(r) + "\n" for r in lines))
+    run_here("srt", tmp_path / "r", tiny, "--phrases olmo --steps 1")
+    file, other = tmp_path / "r" / "revisions.jsonl", tmp_path / "other.jsonl"
+    good = read_jsonl(file)
+    assert all(r["reviser"]["wrong"] == "Wrong. I need to redo all." for r in good)
 
-    def refused(message, source, *more):
-        argv = flags_of("srt", tmp_path / "t", tiny, f"--train-only {source}").split()
+    def refused(message, more, *records):
+        other.write_text("".join(json.dumps(r) + "\n" for r in records))
         with pytest.raises(InputError, match=message):
-            srt.main(parse_args(Args, PRESETS, [*argv, *more]))
+            run_here("srt", tmp_path / "t", tiny, f"--data {other} {more}")
 
-    refused("revisions.jsonl:1: collected with .* use the same --phrases and --chat", records)
-    thinking = ("--phrases", "olmo", "--chat-kwargs", '{"enable_thinking": false}')
-    refused("use the same --phrases and --chat-kwargs", records, *thinking)
-    refused("other.jsonl:3: collected with another tokenizer", other, "--phrases", "olmo")
-    assert len(run_here("srt", tmp_path / "t", tiny, f"--train-only {records} --phrases olmo")) == 4
+    refused("other.jsonl:1: collected with .* use the same --phrases and --chat-kwargs", "", *good)
+    refused("use the same --phrases and --chat", '--phrases olmo --chat-kwargs {"enable_thinking":false}', *good)
+    foreign = {**good[2], "phrase_ids": [30, *good[2]["phrase_ids"]]}
+    refused("other.jsonl:3: collected with another tokenizer", "--phrases olmo", *good[:2], foreign)
+    refused("other.jsonl:1: missing column 'phrase_ids'", "--phrases olmo", {"reviser": good[0]["reviser"]})
+    refused("other.jsonl:2: missing column 'prompt'", "--phrases olmo", {"prompt": "1", "answer": "1"}, good[0])
+    assert len(run_here("srt", tmp_path / "t", tiny, f"--data {file} --phrases olmo")) == 4
+
+
+def test_nothing_to_train_on(tiny, tmp_path):
+    (tmp_path / "never.py").write_text("def never(completion, row):\n    return 0.0\n")
+    with pytest.raises(InputError, match="no record was kept"):
+        run_here("srt", tmp_path / "r", tiny, f"--keep verified --verifier {tmp_path}/never.py:never")
 
 
 def test_rft_learns_its_own_right_answers_and_carries_no_contract(tiny, tmp_path, monkeypatch, odd):
-    ys, states = [], srt.completion_states
-
-    def watched(model, part):
-        ys.extend(y for _, y in part)
-        return states(model, part)
-
-    monkeypatch.setattr(srt, "completion_states", watched)
+    ys = []
+    watch(monkeypatch, srt, "completion_states", lambda args, _: ys.extend(y for _, y in args[1]))
     run_here("srt", tmp_path / "r", tiny, f"--method rft --attempts 2 --keep verified {odd}")
     records = read_jsonl(tmp_path / "r" / "revisions.jsonl")
     right = [r["y0_ids"] for r in records if r["y0_reward"] and r["y0_finished"]]
@@ -372,17 +354,15 @@ def test_rft_learns_its_own_right_answers_and_carries_no_contract(tiny, tmp_path
 
 def test_revision_accuracy_by_hand(tiny, tmp_path, monkeypatch, odd):
     """revise/*: a wrong answer is corrected when its revision is right."""
-    drawn, sample = {}, common.Sampler.__call__
+    drawn = []
 
-    def watched(self, model, prompts, keys, stream, sampling):
-        out = sample(self, model, prompts, keys, stream, sampling)
-        if stream[:2] == (common.EVAL_STREAM, 1) and len(stream) == 3:
-            drawn[stream[2]] = (prompts, out)
-        return out
+    def see(args, rollouts):
+        if args[4][:2] == (common.EVAL_STREAM, 1) and len(args[4]) == 3:
+            drawn.append((args[2], rollouts))
 
-    monkeypatch.setattr(common.Sampler, "__call__", watched)
+    watch(monkeypatch, common.Sampler, "__call__", see)
     row = run_here("srt", tmp_path / "r", tiny, f"--steps 1 --eval-temperature 1 {odd}")[-1]
-    (_, first), (prompts, second) = drawn[0], drawn[1]
+    (_, first), (prompts, second) = drawn[-2:]
     texts = [[TOKENIZER.decode(y.ids, skip_special_tokens=True) for y in part] for part in (first, second)]
     right, revised = ([len(text) % 2 == 1 for text in part] for part in texts)
     corrected, kept = (sum(b and a == was for a, b in zip(right, revised, strict=True)) for was in (False, True))
@@ -392,38 +372,3 @@ def test_revision_accuracy_by_hand(tiny, tmp_path, monkeypatch, odd):
     assert row["revise/length"] == sum(len(y.ids) for y in second) / 8
     for prompt, y, r in zip(prompts, first, right, strict=True):
         assert TOKENIZER.decode(prompt).endswith(TOKENIZER.decode(y.without_eos()) + (RIGHT if r else WRONG))
-
-
-MISTAKES = {
-    "--collect-only --train-only x": "drop one of them",
-    "--train-only {tmp}/none.jsonl": "no such file; it takes a revisions.jsonl",
-    "--train-only {tmp}/bad.jsonl": "bad.jsonl:1: missing column .reviser.",
-    "--keep verified --verifier {tmp}/never.py:never": "no record was kept",
-}
-
-
-@pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes_are_one_sentence(flags, tiny, tmp_path):
-    (tmp_path / "never.py").write_text("def never(completion, row):\n    return 0.0\n")
-    (tmp_path / "bad.jsonl").write_text('{"prompt_ids": [1], "y0": "2"}\n')
-    with pytest.raises(InputError, match=MISTAKES[flags]):
-        run_here("srt", tmp_path / "r", tiny, flags.format(tmp=tmp_path))
-
-
-WAYS = ["--loss generation", "--loss revision", "--lora-rank 2", "--phrases olmo", "--keep verified --revisions 2"]
-
-
-@pytest.mark.parametrize("flags", WAYS)
-def test_every_way_runs(flags, tiny, tmp_path, odd):
-    rows = run_here("srt", tmp_path / "r", tiny, f"--steps 2 {odd} {flags}")
-    assert all(r["train/loss"] > 0 and r["train/grad_norm"] > 0 for r in rows[1:])
-
-
-def test_the_limit_and_the_phrases_are_the_papers():
-    """Appendix C and the authors' code; tests/test_settings.py has the presets."""
-    assert {parse_args(Args, PRESETS, ["--preset", name]).max_tokens for name in ("math", "code")} == {32768}
-    assert [common.PHRASES[name][1] for name in ("paper", "qwen", "olmo")] == [
-        "Wait, this response is not correct, let me start over.",
-        "Wait, this response is wrong. Let me correct it.",
-        "Wrong. I need to redo all.",
-    ]
