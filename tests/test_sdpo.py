@@ -47,13 +47,10 @@ def size(text):
 
 def test_templates_are_the_papers():
     """The yaml's: no blank line before "Correct solution:", nothing after the last sentence."""
-
-    def wrap(text):
-        return f"<|user|>mul:12{text}{END}<|end|><|assistant|>"
-
-    assert read("mul:12", "34", "") == wrap("\nCorrect solution:\n\n34")
-    assert read("mul:12", "", "4:no;") == wrap(f"{FEEDBACK}4:no;")
-    assert read("mul:12", "34", "4:no;") == wrap(f"\nCorrect solution:\n\n34{FEEDBACK}4:no;")
+    start, end = "<|user|>mul:12", f"{END}<|end|><|assistant|>"
+    assert read("mul:12", "34", "") == f"{start}\nCorrect solution:\n\n34{end}"
+    assert read("mul:12", "", "4:no;") == f"{start}{FEEDBACK}4:no;{end}"
+    assert read("mul:12", "34", "4:no;") == f"{start}\nCorrect solution:\n\n34{FEEDBACK}4:no;{end}"
     assert read("mul:12", "", "") is None
 
 
@@ -67,7 +64,6 @@ def test_templates_are_the_papers():
     ],
 )
 def test_turns_hold_the_bare_texts_and_an_empty_one_is_dropped(solution, feedback, middle):
-    """A template of chat messages, token by token."""
     tokenizer = toy.make_tokenizer()
     row = to_row({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "mul:12"}]})
     words = f"<|system|>S<|end|><|user|>mul:12<|end|>{middle}<|user|>mul:12<|end|><|assistant|>"
@@ -92,14 +88,10 @@ def test_a_long_solution_loses_its_own_end(template, middle, end, length):
     told = read("mul:12", "0123456789" * 5, "", max_teacher_tokens=30, template=template)
     assert told.startswith(f"<|user|>mul:12{middle}") and told.endswith(end)
     assert size(told) == length
+    alone = read("mul:12", "", "4:no;", template=template)
+    assert read("mul:12", "1" * 50, "4:no;", template=template, max_teacher_tokens=size(alone)) == alone
+    assert read("mul:12", "1" * 50, "4:no;", template=template, max_teacher_tokens=10) is None
     assert read("mul:12", "", "", template=template) is None
-
-
-def test_what_cannot_fit_is_no_hindsight():
-    assert read("mul:12", "1" * 50, "", max_teacher_tokens=10) is None
-    assert read("mul:12", "", "4:no;" * 20, max_teacher_tokens=30) is None
-    alone = read("mul:12", "", "4:no;")
-    assert read("mul:12", "1" * 50, "4:no;", max_teacher_tokens=size(alone)) == alone
 
 
 def byte_tokenizer():
@@ -145,6 +137,7 @@ def marks_of(*verdicts, row=None, **flags):
     run = Run(Args(out="/nowhere", rollouts=len(verdicts), **flags), toy.make_tokenizer())
     told = {text: tuple(verdict) for text, *verdict in verdicts}
     run.text = lambda y: y.ids
+    run.gather = lambda marks: marks[::-1]  # of other processes, in any order
     run.verify = common.Verifier("mine", lambda text, row: told[text])
     answers = [Rollout(text, [], True) for text in told]
     [group] = sdpo.grade_groups(run, range(len(answers)), [row or {}] * len(answers), answers)
@@ -177,15 +170,9 @@ def test_attempts_that_spell_a_special_token_are_counted(text, feedback, active,
     assert (row["rollout/special_tokens"], row["distill/active_frac"]) == (6, active)
 
 
-@pytest.mark.parametrize("reward, least, solved", [(0.5, 0.5, 1), (0.49, 0.5, 0), (0.6, 1.0, 0), (1.0, 1.0, 1)])
-def test_success_threshold(reward, least, solved):
-    """Trap 45: at least .5 (authors' code), or --success 1 (paper)."""
-    group = marks_of(("a", 0.0, ""), ("b", reward, ""), success=least)
-    assert (hindsight(group, 0, Args())[0] == "b") == solved
-
-
 @pytest.mark.parametrize("least, solved", [(0.6, 1), (0.7, 0)])
-def test_success_threshold_of_pass_at_n_and_of_a_search(least, solved, tiny, tmp_path):
+def test_success_threshold(least, solved, tiny, tmp_path):
+    """Trap 45: of solutions, of pass@n and of a search."""
     (tmp_path / "v.py").write_text("def v(completion, row):\n    return 0.6\n")
     flags = f"--verifier {tmp_path}/v.py:v --success {least} --eval-samples 2 --eval-temperature 1"
     row = run_here("sdpo", tmp_path / "r", tiny, f"{flags} --steps 1")[-1]
@@ -195,22 +182,13 @@ def test_success_threshold_of_pass_at_n_and_of_a_search(least, solved, tiny, tmp
     assert run_here("sdpo", tmp_path / "q", tiny, flags)[-1]["search/solved"] == solved
 
 
-@pytest.mark.parametrize(
-    "row, verdict, want",
-    [
-        ({}, (0.0, None), ""),
-        ({"feedback": "own"}, (0.0, None), "own"),
-        ({"feedback": "own"}, (0.0, "said"), "said"),
-        ({"feedback": "own"}, (1.0, None), ""),
-    ],
-)
-def test_a_rows_own_feedback_is_for_failures_without_another(row, verdict, want):
-    """The teacher never reads the word "None"."""
-    [mark] = marks_of(("a", *verdict), row=row)
-    assert (mark.reward, mark.feedback) == (verdict[0], want)
-
-
-def test_none_as_reward_is_an_error():
+def test_a_rows_own_feedback_is_for_failures_without_another():
+    """The teacher never reads the word "None", and a reward of None is an error."""
+    own = {"feedback": "own"}
+    cases = [({}, 0.0, None, ""), (own, 0.0, None, "own"), (own, 0.0, "said", "said"), (own, 1.0, None, "")]
+    for row, reward, feedback, want in cases:
+        [mark] = marks_of(("a", reward, feedback), row=row)
+        assert (mark.reward, mark.feedback) == (reward, want)
     with pytest.raises(common.RunError, match="returned .None, 'f'."):
         marks_of(("a", None, "f"))
 
@@ -249,13 +227,13 @@ def test_equal_rewards_carry_no_loss_however_their_mean_is_rounded():
     grpo = dict(policy_weight=1.0, max_teacher_tokens=10)
     assert look_back([0.1] * 3, **grpo) == ([], 0)
     samples, dropped = look_back([0.1, 0.1, 0.1, 0.2], **grpo)
-    assert len(samples) == 4 and dropped == 0 and not any(s.context for s in samples)
+    assert [s.context for s in samples] == [None] * 4 and dropped == 0
 
 
-def test_hindsight_that_does_not_fit_is_counted_and_leaves_the_policy_gradient():
+def test_hindsight_that_does_not_fit_is_counted():
     assert look_back([0.0, 1.0, 1.0, 0.0], max_teacher_tokens=10) == ([], 4)
     samples, dropped = look_back([0.0, 1.0, 1.0, 1.0], max_teacher_tokens=10, policy_weight=0.5)
-    assert [s.context for s in samples] == [None] * 4 and dropped == 4
+    assert len(samples) == dropped == 4  # the policy gradient needs none
 
 
 def test_answers_cut_off_carry_no_loss_when_asked():
@@ -270,32 +248,21 @@ def test_answers_cut_off_carry_no_loss_when_asked():
 
 # ---- Rows
 
-RAW = {
-    "question": "Q",
-    "choices": {"text": ["x", "y"], "label": ["A", "B"]},
-    "answerKey": "A",
-    "details": {"level": "L3"},
-    "type": "mcq-2-choices",
-}
+RAW = {"question": "Q", "answerKey": "A", "details": {"level": "L3"}, "type": "mcq-2-choices"}
+RAW |= {"choices": {"text": ["x", "y"], "label": ["A", "B"]}}
 
 
 def test_raw_sciknoweval_is_filtered_then_split_as_the_authors_did(tmp_path):
     """Level L3, two or four options; a tenth tests, by the library's own split, seed 42."""
-    raws = []
-    for i in range(60):
-        kind = "true_or_false" if i % 7 == 0 else "mcq-2-choices"
-        level = {"level": "L3" if i % 5 else "L1"}
-        raws.append({**RAW, "question": f"{i}", "details": level, "type": kind})
+    kinds = ["true_or_false", *["mcq-2-choices", "mcq-4-choices"] * 3]
+    levels = [{"level": "L1"}, *[{"level": "L3"}] * 4]
+    raws = [{**RAW, "type": kinds[i % 7], "details": levels[i % 5]} for i in range(60)]
     (tmp_path / "raw.jsonl").write_text("".join(json.dumps(raw) + "\n" for raw in raws))
     kept = [i for i in range(60) if i % 5 and i % 7]
     want = datasets.Dataset.from_dict({"i": kept}).train_test_split(test_size=0.1, seed=42)
     for part in ("train", "test"):
         rows = common.load_rows(f"{tmp_path}/raw.jsonl#{part}", to_row)
         assert [row["id"] - 1 for row in rows] == want[part]["i"]
-        assert rows[0]["where"] == f"raw.jsonl:{rows[0]['id']}"
-    (tmp_path / "none.jsonl").write_text(json.dumps(raws[0]) + "\n")
-    with pytest.raises(InputError, match="no rows in it"):
-        common.load_rows(f"{tmp_path}/none.jsonl", to_row)
     assert to_row(RAW)["prompt"][1]["content"] == "Q\n\nA: x\nB: y\nPlease reason step by step."
     assert to_row({"prompt": "p", "golden_answer": ["call"]})["answer"] == ["call"]
 
@@ -320,9 +287,8 @@ CODE_RAW = {
 
 def test_livecodebench_rows_have_the_authors_prompt_and_all_tests():
     row = to_row(CODE_RAW)
-    assert row["contest_date"] == "2025-04-30"
-    tests = {"inputs": ["[1, 2]\n3", "[]\n0"], "outputs": ["6", "0"], "testtype": "functional", "fn_name": "add"}
-    assert row["tests"] == {**tests, "time_limit": 6}
+    tests = {"inputs": ["[1, 2]\n3", "[]\n0"], "outputs": ["6", "0"], "testtype": "functional"}
+    assert row["tests"] == {**tests, "fn_name": "add", "time_limit": 6}
     assert row["prompt"][0]["content"] == (
         "You are a coding expert. You will be given a coding problem, and you need to write a correct Python "
         "program that matches the specification and passes all tests. The time limit is 1 second. "
@@ -333,29 +299,25 @@ def test_livecodebench_rows_have_the_authors_prompt_and_all_tests():
     stdin = to_row({**CODE_RAW, "starter_code": "", "private_test_cases": "[]", "metadata": "{}"})
     assert stdin["prompt"][0]["content"].endswith("Add {them} up.")
     assert stdin["tests"]["fn_name"] is None
-
-
-def test_contests_outside_the_window_are_left_out():
     dates = ["2025-01-31", "2025-02-01", "2025-04-30T9", "2025-05-01"]
     kept = [to_row({**CODE_RAW, "contest_date": date}) is not None for date in dates]
     assert kept == [False, True, True, False]
 
 
 def code_raw(private):
-    """A raw row with so many private tests."""
     cases = [case(str(i), str(i)) for i in range(private)]
     return {**CODE_RAW, "private_test_cases": json.dumps(cases)}
 
 
-@pytest.mark.parametrize("private, kept", [(0, 0), (1, 1), (2, 1), (9, 4)])
-def test_training_sees_half_of_the_private_tests_and_evaluation_all(private, kept):
+def test_training_sees_half_of_the_private_tests_and_evaluation_all():
     """Section 2.7."""
-    raw = code_raw(private)
-    half, whole = to_row(raw, train=True)["tests"], to_row(raw)["tests"]
-    assert len(half["inputs"]) == len(half["outputs"]) == kept + 1
-    assert len(whole["inputs"]) == private + 1
-    assert [x for x in whole["inputs"] if x in half["inputs"]] == half["inputs"]
-    assert half == to_row(raw, train=True)["tests"]
+    for private, kept in ((0, 0), (1, 1), (2, 1), (9, 4)):
+        raw = code_raw(private)
+        half, whole = to_row(raw, train=True)["tests"], to_row(raw)["tests"]
+        assert len(half["inputs"]) == len(half["outputs"]) == kept + 1
+        assert len(whole["inputs"]) == private + 1
+        assert [x for x in whole["inputs"] if x in half["inputs"]] == half["inputs"]
+        assert half == to_row(raw, train=True)["tests"]
 
 
 class Evil:
@@ -391,13 +353,12 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     student = load_model(str(make_model(folder / "m")), run)
     teacher = Teacher(str(make_model(folder / "t", seed=3)), 0.0, student, run)
-    prompts = [[3, 20, 5, 4], [3, 21, 22, 5, 4], [3, 20, 5, 4]]
-    contexts = [[3, 20, 40, 41, 5, 4], [3, 43, 5, 4], None]
-    ys = [[30, 31, 32, 33, 5], [34, 35, 5], [36, 5]]
-    samples = []
-    for p, c, y, a in zip(prompts, contexts, ys, [0.75, -0.25, -0.5], strict=True):
-        logps = [-3.0, -4.0, -5.0, -2.0, -6.0][: len(y)]
-        samples.append(Sample(0, p, c, y, logps, [True] * len(y), a))
+    three, five = [-3.0, -4.0, -5.0], [-3.0, -4.0, -5.0, -2.0, -6.0]
+    samples = [
+        Sample(0, [3, 20, 5, 4], [3, 20, 40, 41, 5, 4], [30, 31, 32, 33, 5], five, [True] * 5, 0.75),
+        Sample(0, [3, 21, 22, 5, 4], [3, 43, 5, 4], [34, 35, 5], three, [True] * 3, -0.25),
+        Sample(0, [3, 20, 5, 4], None, [36, 5], three[:2], [True] * 2, -0.5),
+    ]
     world = SimpleNamespace(run=run, student=student, teacher=teacher, samples=samples)
     samples[2] = samples[2]._replace(logps=drawn(world, samples[2]).tolist())  # a ratio of 1: never clipped
     return world
@@ -405,7 +366,7 @@ def world(tmp_path_factory):
 
 def loss_of(world, samples=None, **flags):
     """The loss of these samples, divided as if they were a third of the world's attempts each."""
-    samples = world.samples if samples is None else samples
+    samples = samples or world.samples
     args = Args(**{"support": "full", "is_cap": 0.0, **flags})
     told = [(s.context, s.y) for s in samples if s.context]
     targets = world.teacher.targets(told) if args.policy_weight < 1 else []
@@ -459,20 +420,17 @@ def test_default_loss_by_hand(world):
     assert loss_of(world, support="student_topk", topk=5).item() == pytest.approx(want, rel=1e-4)
 
 
-def grpo_terms(world):
-    """Eq. 13: the clip is .2 down and .28 up, and only where it lowers the objective."""
-    terms = []
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_average_governs_both_losses(world, average):
+    """sequence: mean of token means over attempts. token: mean over the tokens of all attempts.
+
+    Eq. 13: the clip is .2 down and .28 up, and only where it lowers the objective.
+    """
+    grpo, distilled = [], per_token(world, jsd)
     for s in world.samples:
         ratio = (drawn(world, s) - torch.tensor(s.logps)).exp()
         gain = torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.28) * s.advantage)
-        terms.append((-gain).tolist())
-    return terms
-
-
-@pytest.mark.parametrize("average", ["sequence", "token"])
-def test_average_governs_both_losses(world, average):
-    """sequence: mean of token means over attempts. token: mean over the tokens of all attempts, told or not."""
-    grpo, distilled = grpo_terms(world), per_token(world, jsd)
+        grpo.append((-gain).tolist())
     if average == "sequence":
         want = mean_of_means(grpo), mean_of_means(distilled)
     else:
@@ -597,7 +555,6 @@ def test_what_masks_tokens_masks_them_in_grpo_too(tiny, tmp_path, judge):
     part = run_here("sdpo", tmp_path / "part", tiny, f"{flags} --entropy-quantile 0.3")[1]
     assert 0 < part["distill/tokens"] < whole["distill/tokens"]
     assert part["train/loss"] != whole["train/loss"]
-    assert part["train/grad_norm"] != whole["train/grad_norm"]
 
 
 def test_denominators_count_all_attempts_of_a_mini_batch(tiny, tmp_path, judge, monkeypatch):
@@ -637,20 +594,15 @@ def test_stale_rollouts_make_the_ratio_leave_one(tiny, tmp_path, judge):
 
 def test_the_teachers_accuracy_is_that_of_its_own_answers(tiny, tmp_path, judge, monkeypatch):
     """At step 1 and evaluations; the teacher answers contexts, which moves nothing else."""
-    asked = []
-
-    def see(args, answers):
-        _, model, prompts, keys, stream, _ = args
-        if stream[0] == sdpo.TEACHER_STREAM:
-            asked.append((model, prompts, keys, answers))
-
-    watch(monkeypatch, common.Sampler, "__call__", see)
+    calls = []
+    watch(monkeypatch, common.Sampler, "__call__", lambda args, answers: calls.append((*args[1:5], answers)))
     flags = f"{judge} --steps 5 --eval-every 2 --hindsight feedback"
-    rows = run_here("sdpo", tmp_path / "r", tiny, f"{flags} --teacher-samples 24")
+    rows = run_here("sdpo", tmp_path / "r", tiny, f"{flags} --teacher-samples 12")
     assert [r["step"] for r in rows if "teacher/accuracy" in r] == [1, 2, 4, 5]
+    asked = [call for call in calls if call[3][0] == sdpo.TEACHER_STREAM]
     text, verdicts = toy.make_tokenizer(), []
-    for _, prompts, keys, answers in asked:
-        assert 0 < len(set(keys)) == len(prompts) <= 24
+    for _, prompts, keys, _, answers in asked:
+        assert 0 < len(set(keys)) == len(prompts) <= 12
         assert all("earlier attempt" in text.decode(p) for p in prompts)
         said = [text.decode(y.ids, skip_special_tokens=True) for y in answers]
         verdicts.append(sum(sum(map(ord, words)) % 4 == 0 for words in said) / len(said))
@@ -698,9 +650,9 @@ def test_code_runs_end_to_end(tmp_path, monkeypatch):
     tokenizer = byte_tokenizer()
     shape = dict(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0, max_position_embeddings=4096)
     tokenizer.save_pretrained(make_model(tmp_path / "m", **shape))
-    tests = {"inputs": ["3"], "outputs": ["6"], "testtype": "functional", "fn_name": "double", "time_limit": 1}
-    lines = [json.dumps({"prompt": f"Question {number}.", "tests": tests}) for number in (1, 2)]
-    (tmp_path / "code.jsonl").write_text("\n".join(lines))
+    tests = {"inputs": ["3"], "outputs": ["6"], "testtype": "functional", "fn_name": "double"}
+    lines = [{"prompt": f"Question {i}.", "tests": {**tests, "time_limit": 1}} for i in (1, 2)]
+    (tmp_path / "code.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     def scripted(self, model, prompts, keys, stream, how):
         texts = [say(*key) for key in keys]
@@ -710,17 +662,17 @@ def test_code_runs_end_to_end(tmp_path, monkeypatch):
     seen = []
     watch(monkeypatch, Teacher, "targets", lambda args, _: seen.extend(args[1]))
     flags = (
-        f"--preset lcb --model {tmp_path}/m --data {tmp_path}/code.jsonl --out {tmp_path}/r --chat-kwargs {{}} "
-        "--prompts-per-step 2 --rollouts 5 --mini-batch 1 --steps 1 --teacher-samples 0 --unsafe-code"
+        f"--preset lcb --model {tmp_path}/m --data {tmp_path}/code.jsonl --out {tmp_path}/r --rollouts 5 "
+        "--chat-kwargs {} --prompts-per-step 2 --mini-batch 1 --steps 1 --teacher-samples 0 --unsafe-code"
     )
     sdpo.main(parse_args(Args, PRESETS, flags.split()))
     row = metrics_of(tmp_path / "r")[-1]
     assert row["rollout/reward"] == 1 / 10
     assert row["distill/active_frac"] == 9 / 10  # a lone success has nobody to learn from
     pairs = [(tokenizer.decode(context), tokenizer.decode(y[:-1])) for context, y in seen]
-    shown = {text: y for text, y in pairs if text.startswith("Question 1.")}
-    assert list(shown) == [f"Question 1.\nCorrect solution:\n\n{say(1, 4)}{END}>"]
-    told = {y: text for text, y in pairs if text.startswith(f"Question 2.{FEEDBACK}") and text.endswith(f"{END}>")}
+    shown = {text for text, _ in pairs if "1." in text}
+    assert shown == {f"Question 1.\nCorrect solution:\n\n{say(1, 4)}{END}>"}
+    told = {y: text for text, y in pairs if text.startswith(f"Question 2.{FEEDBACK}")}
     wrong, error, late, no_code, give_up = (told[say(2, i)] for i in range(5))
     assert "Input\n3\n" in wrong and "Expected\n6\n" in wrong
     assert "KeyError: 7" in error
@@ -764,7 +716,7 @@ def found(rows):
     return [(r["step"], r["search/attempts"], r["search/solved"]) for r in rows[1:]]
 
 
-@pytest.mark.parametrize("search", ["sdpo", "best_of_k", "multi_turn"])
+@pytest.mark.parametrize("search", ["sdpo", "best_of_k", "multi_turn", "multi_turn --max-teacher-tokens 5"])
 def test_the_search_ends_with_the_first_success(search, solver, tiny, tmp_path, monkeypatch):
     """Four attempts a step, the 11th solves; nobody trains on the last group. The baselines never train."""
     (flags, prompts), steps = solver, []
@@ -777,35 +729,25 @@ def test_the_search_ends_with_the_first_success(search, solver, tiny, tmp_path, 
     texts = [toy.make_tokenizer().decode(prompt) for prompt in prompts]
     if search == "multi_turn":  # the paper's template with the baseline's blank line
         question, end = texts[0].removesuffix("<|end|><|assistant|>"), f"{END}<|end|><|assistant|>"
-        pieces = ["4:1;", "4:2;", "4:3;", "4:4;", "4:5;", "4:6;", "4:7;", "4:8;"]
-        asked = [f"{question}\n{FEEDBACK}" + "\n\n".join(pieces[:n]) + end for n in (4, 8)]
-        assert texts[1:] == asked
-    assert search == "multi_turn" or len(set(texts)) == 1
+        pieces = [f"4:{i};" for i in range(1, 9)]
+        assert texts[1:] == [f"{question}\n{FEEDBACK}" + "\n\n".join(pieces[:n]) + end for n in (4, 8)]
+    else:
+        assert len(set(texts)) == 1
     again = run_here("sdpo", tmp_path / "r", tiny, f"{flags} {search} --resume")
     assert again == rows  # solved: nothing is asked or deleted
     with pytest.raises(InputError, match="already holds a run"):
         run_here("sdpo", tmp_path / "r", tiny, f"{flags} {search}")
 
-
-@pytest.mark.parametrize("search", ["best_of_k", "multi_turn"])
-def test_a_search_that_is_stopped_goes_on_where_it_was(search, solver, tiny, tmp_path, monkeypatch):
-    """Its log stays, and multi_turn asks with all feedback of before."""
-    flags, prompts = solver
-    whole = run_here("sdpo", tmp_path / "whole", tiny, f"{flags} {search}")
+    # Stopped and resumed it keeps its log, and asks as it would have.
     asked = prompts.copy()
     prompts.clear()
     common.load_file.cache_clear()
-
-    def stop(args, _):
-        args[0].stopped = args[0].stopped or len(prompts) == 2
-
     with monkeypatch.context() as patch:
-        watch(patch, sdpo, "grade_groups", stop)
-        stopped = run_here("sdpo", tmp_path / "r", tiny, f"{flags} {search}")
+        watch(patch, sdpo, "grade_groups", lambda args, _: setattr(args[0], "stopped", len(prompts) == 2))
+        stopped = run_here("sdpo", tmp_path / "s", tiny, f"{flags} {search}")
     assert [r["step"] for r in stopped] == [0, 1, 2]
-    resumed = run_here("sdpo", tmp_path / "r", tiny, f"{flags} {search} --resume")
-    assert resumed[:3] == stopped
-    assert found(resumed) == found(whole)
+    resumed = run_here("sdpo", tmp_path / "s", tiny, f"{flags} {search} --resume")
+    assert resumed[:3] == stopped and found(resumed) == found(rows)
     assert prompts == asked
 
 
@@ -818,24 +760,25 @@ def test_multi_turn_reads_the_newest_feedback_that_fits(limit, pieces):
     assert limit - 5 < size(told) <= limit or pieces == 9
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--rollouts 1 --hindsight solution", "a group of one"),
-        ("--rollouts 1 --policy-weight 1", "a group of one"),
-        ("--mini-batch 3", "must divide --prompts-per-step"),
-        ("--support student_topk --topk 1000", "--topk 1000: the vocabulary has"),
-        ("--support sampled", "needs --divergence reverse_kl"),
-        ("--advantage-clip 5", "needs --divergence reverse_kl"),
-        ("--question 1", "add --prompts-per-step 1"),
-        ("--search best_of_k", "add --question"),
-        ("--question 99 --prompts-per-step 1", "--question 99: the rows of .* are 1 to 24"),
-        ("--template {prompt}", "placeholders {feedback}, {solution}"),
-        ("--template {prompt}{solution}", "placeholders {feedback}$"),
-        (f"--template {TURNS.replace(' ', '')[:-1]}", "expected text or chat messages"),
-    ],
-)
-def test_flags_that_cannot_mean_what_they_say(flags, message, tiny, tmp_path):
+WRONG = f"""
+--rollouts 1 --hindsight solution | a group of one
+--rollouts 1 --policy-weight 1 | a group of one
+--mini-batch 3 | must divide --prompts-per-step
+--support student_topk --topk 1000 | --topk 1000: the vocabulary has
+--support sampled | needs --divergence reverse_kl
+--advantage-clip 5 | needs --divergence reverse_kl
+--question 1 | add --prompts-per-step 1
+--search best_of_k | add --question
+--question 99 --prompts-per-step 1 | --question 99: the rows of .* are 1 to 24
+--template {{prompt}} | placeholders {{feedback}}, {{solution}}
+--template {{prompt}}{{solution}} | placeholders {{feedback}}$
+--template {TURNS.replace(" ", "")[:-1]} | expected text or chat messages
+"""
+
+
+@pytest.mark.parametrize("case", WRONG.strip().split("\n"))
+def test_flags_that_cannot_mean_what_they_say(case, tiny, tmp_path):
+    flags, message = case.split(" | ")
     with pytest.raises(InputError, match=message):
         run_here("sdpo", tmp_path / "r", tiny, flags)
 
@@ -855,7 +798,7 @@ def test_every_way_runs(flags, tiny, tmp_path, judge):
 
 
 def test_presets_have_the_papers_values_that_are_in_no_table():
-    """Tables 12 and 13; the authors' yaml where the paper is silent. tests/test_settings.py holds the others."""
+    """Tables 12 and 13, and the authors' yaml; tests/test_settings.py holds the others."""
     for name in ("sciknoweval", "tooluse"):
         a = parse_args(Args, PRESETS, ["--preset", name])
         assert (a.epochs, a.chat_kwargs) == (30.0, {"enable_thinking": False})
