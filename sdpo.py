@@ -31,6 +31,7 @@ import json
 import math
 import pickletools
 import re
+import statistics
 import zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,7 +42,6 @@ import torch
 from torch import Tensor
 
 from common import (
-    TEACHER_STREAM,
     TRAIN_STREAM,
     Divergence,
     InputError,
@@ -60,7 +60,6 @@ from common import (
     distill_loss,
     evaluate,
     explain,
-    fill_template,
     head_of,
     is_turns,
     launch,
@@ -83,8 +82,8 @@ from common import (
 
 # Prompts of the authors' code; the teacher reads REPROMPT in place of the last user message.
 REPROMPT = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
-SOLUTION = "\nCorrect solution:\n\n{solution}"
-FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}"
+SOLUTION = "\nCorrect solution:\n\n"  # before s_i
+FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"  # before f_i
 # For models too small to use a solution quoted in the question: here it is an earlier assistant turn.
 TURNS = """[
  {"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{solution}"},
@@ -92,6 +91,7 @@ TURNS = """[
  {"role": "user", "content": "{feedback}"}, {"role": "user", "content": "{prompt}"}]"""
 MULTI_TURN = REPROMPT.replace("{feedback}", "\n{feedback}")  # of the baseline, with a blank line
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # GRPO's clipping of the ratio student/sampler (section 3)
+TEACHER_STREAM = 2  # random numbers that are neither evaluation's nor the rollouts'
 
 
 @dataclass
@@ -347,43 +347,33 @@ CODE_PROMPT = (
 )
 
 
-def livecodebench_row(raw: dict, half: bool = False) -> dict | None:
-    """A raw LiveCodeBench row with prompt and tests; None outside the paper's window, February to April 2025.
-
-    With `half` (training), half of the private tests are kept: drawn at random, at least one.
-    """
-    if not "2025-02-01" <= str(raw["contest_date"])[:10] < "2025-05-01":
-        return None
-    private = private_tests(raw["private_test_cases"])
-    if half:
-        order = np.random.default_rng(0).permutation(len(private))
-        private = [private[i] for i in sorted(order[: max(1, len(private) // 2)])]
-    prompt = CODE_PROMPT + raw["question_content"]
-    signature = re.search(r"def .*", raw.get("starter_code") or "")
-    if signature:
-        shown = signature[0].strip().replace("(self, ", "(")
-        prompt += f"\n\nYour solution should have the following signature: ```python\n{shown}\n```"
+def livecodebench_tests(raw: dict, train: bool) -> dict:
+    """The tests of a raw row: all, or in training half of the private ones, drawn at random, at least one."""
+    private = raw["private_test_cases"]  # JSON text, or base64 of zlib of its pickle, which is never executed
+    if not private.lstrip().startswith("["):
+        data = zlib.decompress(base64.b64decode(private))
+        [private] = [value for _, value, _ in pickletools.genops(data) if isinstance(value, str)]
+    private = json.loads(private)
+    if train:
+        drawn = np.random.default_rng(0).permutation(len(private))[: max(1, len(private) // 2)]
+        private = [private[i] for i in sorted(drawn)]
     cases = json.loads(raw["public_test_cases"]) + private
     tests = {"inputs": [case["input"] for case in cases], "outputs": [case["output"] for case in cases]}
     function = json.loads(raw.get("metadata") or "{}").get("func_name")
-    tests |= {"testtype": cases[0]["testtype"], "fn_name": function, "time_limit": 6}
-    return {**raw, "prompt": as_messages(prompt), "tests": tests}
-
-
-def private_tests(text: str) -> list[dict]:
-    """The private tests: JSON, or base64 of zlib of a pickled JSON text; the pickle is never executed."""
-    if not text.lstrip().startswith("["):
-        data = zlib.decompress(base64.b64decode(text))
-        [text] = [value for _, value, _ in pickletools.genops(data) if isinstance(value, str)]
-    return json.loads(text)
+    return {**tests, "testtype": cases[0]["testtype"], "fn_name": function, "time_limit": 6}
 
 
 def to_row(raw: dict, train: bool = False) -> dict | None:
     """A data set's columns as ours: prompt, and what the verifier reads. None: the paper leaves it out."""
     row = dict(raw)
-    if "private_test_cases" in raw:
-        return livecodebench_row(raw, half=train)
-    if "answerKey" in raw:  # SciKnowEval
+    if "private_test_cases" in raw:  # LiveCodeBench, February to April 2025
+        if not "2025-02-01" <= str(raw["contest_date"])[:10] < "2025-05-01":
+            return None
+        row |= {"prompt": CODE_PROMPT + raw["question_content"], "tests": livecodebench_tests(raw, train)}
+        if signature := re.search(r"def .*\S", raw.get("starter_code") or ""):
+            shown = signature[0].replace("(self, ", "(")
+            row["prompt"] += f"\n\nYour solution should have the following signature: ```python\n{shown}\n```"
+    elif "answerKey" in raw:  # SciKnowEval
         if raw["details"]["level"] != "L3" or raw["type"] not in ("mcq-4-choices", "mcq-2-choices"):
             return None
         options = zip(raw["choices"]["label"], raw["choices"]["text"], strict=True)
@@ -402,13 +392,13 @@ def grade_groups(run: Any, places: list, rows: list, attempts: list) -> list:
     with run.timer("verify"):
         verdicts = run.grade(rows, attempts)
         for place, row, y, (reward, feedback) in zip(places, rows, attempts, verdicts, strict=True):
-            text = run.text(y)
-            solution = answer_of(text) if reward >= run.args.success else ""
-            if reward < run.args.success and not feedback:
+            text, solution = run.text(y), ""
+            if reward >= run.args.success:
+                solution = answer_of(text)
+            elif not feedback:
                 feedback = row.get("feedback", "")
-            spelled = [part for part in (solution, feedback) if run.has_special_token(part)]
-            shown = ["" if part in spelled else part for part in (solution, feedback)]
-            marks.append((place, Mark(text, reward, *shown, bool(spelled))))
+            shown = ["" if run.has_special_token(part) else part for part in (solution, feedback)]
+            marks.append((place, Mark(text, reward, *shown, hidden=shown != [solution, feedback])))
         everyone = [mark for _, mark in sorted(run.gather(marks))]
     return [everyone[i : i + G] for i in range(0, len(everyone), G)]
 
@@ -422,40 +412,58 @@ def hindsight(group: list, i: int, args: Args) -> tuple[str, str]:
     return solution, group[i].feedback
 
 
-def teacher_ids(row: dict, solution: str, feedback: str, tokenizer: Any, args: Args) -> list | None:
+def teacher_ids(row: dict, solution: str, feedback: list, tokenizer: Any, args: Args) -> list | None:
     """The reprompt of section 2 as token ids; None when there is nothing to tell or no way to fit it.
 
-    A solution that makes it too long is cut at its end, or left out; the rest of the prompt stays whole.
+    Where it is too long, the solution is cut at its end, then the oldest feedback goes; the rest stays whole.
     """
     copies = max(args.template.count("{solution}"), 1)
-    while solution or feedback:
-        s, f = solution, feedback
+    while solution or any(feedback):
+        s, f = solution, "\n\n".join(feedback)
         if not is_turns(args.template):
-            s = solution and fill_template(SOLUTION, solution=solution)
-            f = feedback and fill_template(FEEDBACK, feedback=feedback)
+            s, f = s and SOLUTION + s, f and FEEDBACK + f
         messages = with_template(row["prompt"], args.template, solution=s, feedback=f)
         ids = chat_ids(tokenizer, messages, row, args)
         over = len(ids) - args.max_teacher_tokens
         if over <= 0:
             return ids
-        if not solution:
-            return None
-        kept = tokenizer(solution, add_special_tokens=False)["input_ids"][: -math.ceil(over / copies)]
-        solution = tokenizer.decode(kept).rstrip("\ufffd")  # half a character would become longer
+        if solution:
+            kept = tokenizer(solution, add_special_tokens=False)["input_ids"][: -math.ceil(over / copies)]
+            solution = tokenizer.decode(kept).rstrip("\ufffd")  # half a character would become longer
+        else:
+            feedback = feedback[1:]
     return None
 
 
-def sdpo_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args: Args) -> tuple:
-    """lambda GRPO + (1 - lambda) Eq. 1, in place of Eq. 3; and statistics, weights, sampler log-probs.
+def look_back(run: Any, groups: list, places: list, rows: list, attempts: list) -> tuple[list, int]:
+    """This rank's attempts that carry loss, as samples; and how many teacher prompts were too long."""
+    samples, dropped, args = [], 0, run.args
+    for place, row, y in zip(places, rows, attempts, strict=True):
+        q, i = divmod(place, args.rollouts)
+        rewards = [mark.reward for mark in groups[q]]
+        advantage = rewards[i] - statistics.mean(rewards)  # Eq. 12; exactly 0 if all are equal
+        solution, feedback = hindsight(groups[q], i, args) if args.policy_weight < 1 else ("", "")
+        context = teacher_ids(row, solution, [feedback], run.tokenizer, args)
+        dropped += bool(solution or feedback) and context is None
+        learns = context or (args.policy_weight and advantage)
+        if learns and (y.finished or not args.mask_truncated):
+            mask = [True] * len(y.ids)
+            samples.append(Sample(place, row["prompt_ids"], context, y.ids, y.logps, mask, advantage))
+    return samples, dropped
 
-    Both use the same hidden states and token weights; Eq. 1 uses only attempts with hindsight.
+
+def sdpo_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args: Args) -> tuple:
+    """lambda GRPO + (1 - lambda) Eq. 1 on a micro-batch, in place of Eq. 3: (loss, statistics, weights).
+
+    Both use the same hidden states and weights. Eq. 1, and with it the statistics and the weights returned,
+    is of the attempts with hindsight.
     """
     y_N = torch.tensor([token for s in micro for token in s.y], dtype=torch.long, device=h_ND.device)
     logps_N = torch.tensor([p for s in micro for p in s.logps], device=h_ND.device)
-    each = [1 / n["tokens"]] * len(micro)
+    sizes = [n["tokens"]] * len(micro)
     if args.average == "sequence":
-        each = [1 / (max(sum(s.mask), 1) * n["attempts"]) for s in micro]
-    weights = [m * share for s, share in zip(micro, each, strict=True) for m in s.mask]
+        sizes = [max(sum(s.mask), 1) * n["attempts"] for s in micro]
+    weights = [m / size for s, size in zip(micro, sizes, strict=True) for m in s.mask]
     weight_N, loss = torch.tensor(weights, device=h_ND.device), 0.0
     if args.policy_weight:  # Eq. 13
         logp_N, entropy_N = token_logps(h_ND, head, y_N)
@@ -472,7 +480,7 @@ def sdpo_loss(h_ND: Tensor, head: Any, targets: list, micro: list, n: dict, args
         scaled_N, behaviour_N = (1 - args.policy_weight) * weight_N, logps_N if args.is_cap else None
         distilled, stats = distill_loss(h_ND, head, targets, y_N, scaled_N, objective_of(args), behaviour_N)
         loss = loss + distilled
-    return loss, stats, weight_N, logps_N
+    return loss, stats, weight_N
 
 
 def objective_of(args: Args) -> Objective:
@@ -482,7 +490,7 @@ def objective_of(args: Args) -> Objective:
 def teacher_accuracy(run: Any, sampler: Any, samples: list, asked: list, step: int) -> dict:
     """The self-teacher answers some of this batch's hindsight prompts: how much hindsight helps."""
     every = max(1, len(asked) // run.args.teacher_samples)
-    chosen = [s for s in samples if s.context is not None and s.mask[0] and s.place % every == 0]
+    chosen = [s for s in samples if s.context and s.place % every == 0]
     rows, contexts = [asked[s.place] for s in chosen], [s.context for s in chosen]
     with run.timer("eval"):
         keys, sampling = [row["rollout_key"] for row in rows], Sampling(run.args.max_completion_tokens)
@@ -495,23 +503,11 @@ def first_success(run: Any, group: list, step: int) -> dict:
     """Test time: attempts so far, and whether one of this group solves the question (solution.json)."""
     solved = [i for i, mark in enumerate(group) if mark.reward >= run.args.success]
     attempts = (step - 1) * len(group) + (solved[0] + 1 if solved else len(group))
-    if solved:
-        run.say(f"solved by attempt {attempts}, see {run.out}/solution.json")
+    if solved and run.main:
         solution = {"attempt": attempts, "text": group[solved[0]].text}
-        if run.main:
-            (run.out / "solution.json").write_text(json.dumps(solution, indent=1))
+        (run.out / "solution.json").write_text(json.dumps(solution, indent=1))
+        run.say(f"solved by attempt {attempts}, see {run.out}/solution.json")
     return {"search/attempts": attempts, "search/solved": float(bool(solved))}
-
-
-def multi_turn_ids(row: dict, history: list, tokenizer: Any, args: Args) -> list:
-    """The question and all feedback in the teacher's template; the oldest is dropped when it does not fit."""
-    if args.template == REPROMPT:
-        args = replace(args, template=MULTI_TURN)
-    for first in range(len(history)):
-        ids = teacher_ids(row, "", "\n\n".join(history[first:]), tokenizer, args)
-        if ids:
-            return ids
-    return row["prompt_ids"]
 
 
 def check(args: Args, vocabulary: int) -> None:
@@ -520,8 +516,9 @@ def check(args: Args, vocabulary: int) -> None:
     if args.rollouts < 2 and (args.hindsight == "solution" or args.policy_weight):
         raise InputError("--rollouts 1: a group of one has no other attempt to learn from; use 2 or more")
     if args.mini_batch and args.prompts_per_step % args.mini_batch:
-        sizes = f"{args.mini_batch} must divide --prompts-per-step {args.prompts_per_step}"
-        raise InputError(f"--mini-batch {sizes}")
+        raise InputError(
+            f"--mini-batch {args.mini_batch} must divide --prompts-per-step {args.prompts_per_step}"
+        )
     if args.question and args.prompts_per_step != 1:
         raise InputError(f"--question {args.question} trains on one row; add --prompts-per-step 1")
     if args.search != "sdpo" and not args.question:
@@ -534,10 +531,10 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model)
     check(args, len(tokenizer))
     rows = load_rows(args.data, partial(to_row, train=not args.question))
-    places = f"{rows[0]['id']} to {rows[-1]['id']}"
+    ids = [row["id"] for row in rows]
+    if args.question not in (0, *ids):
+        raise InputError(f"--question {args.question}: the rows of {args.data} are {ids[0]} to {ids[-1]}")
     rows = [row for row in rows if args.question in (0, row["id"])]
-    if not rows:
-        raise InputError(f"--question {args.question}: the rows of {args.data} are {places}")
     train = tokenize(rows, tokenizer, args)
     run = start_run(args, tokenizer, train, to_row, graded=True)
     run.success = args.success
@@ -550,11 +547,10 @@ def main(args: Args) -> None:
         return run.say(f"already solved, see {run.out}/solution.json")
     if args.dry_run:
         group = [Mark("", 0.0, "", "<feedback>"), Mark("", 1.0, "<another attempt>", "")]
+        solution, feedback = hindsight(group, 0, args)
+        ids = teacher_ids(train[0], solution, [feedback], tokenizer, args) or []
         run.say(f"student reads: {tokenizer.decode(train[0]['prompt_ids'])}")
-        ids = teacher_ids(train[0], *hindsight(group, 0, args), tokenizer, args) or []
-        return run.say(
-            f"teacher reads: {tokenizer.decode(ids) or 'nothing: --max-teacher-tokens is too small'}"
-        )
+        return run.say(f"teacher reads: {tokenizer.decode(ids) or 'nothing; raise --max-teacher-tokens'}")
 
     student = load_model(args.model, run, args.lora_rank)
     distils = args.policy_weight < 1 and args.search == "sdpo"  # GRPO and searches keep no second model
@@ -566,12 +562,13 @@ def main(args: Args) -> None:
         run.log(0, evaluate(run, sampler, student, 0, eval_sampling))
 
     history = run.state.setdefault("history", [])  # multi_turn: the feedback on all attempts so far
-    silent = 0  # steps in a row in which no attempt carried loss
+    if args.search == "multi_turn" and args.template == REPROMPT:
+        args = replace(args, template=MULTI_TURN)
     shown = done > 0  # whether one sample was printed
     for step in range(done + 1, steps + 1):
         asked = step_rows(train, step, args.prompts_per_step, args.rollouts, args.seed)
         if history:
-            ids = multi_turn_ids(asked[0], history, tokenizer, args)
+            ids = teacher_ids(asked[0], "", history, tokenizer, args) or asked[0]["prompt_ids"]
             asked = [{**row, "prompt_ids": ids} for row in asked]
         size = args.rollouts * (args.mini_batch or args.prompts_per_step)  # attempts of a mini-batch
         places = run.share(range(len(asked)), size)
@@ -594,32 +591,20 @@ def main(args: Args) -> None:
                 return
             continue
 
-        # 3. Look back: the teacher of y_i reads another success s_i and/or f_i; context None without either.
-        samples, dropped = [], 0
-        for place, row, y in zip(places, rows, attempts, strict=True):
-            q, i = divmod(place, args.rollouts)
-            solution, feedback = hindsight(groups[q], i, args) if distils else ("", "")
-            context = teacher_ids(row, solution, feedback, tokenizer, args)
-            dropped += bool(solution or feedback) and context is None
-            mask = [y.finished or not args.mask_truncated] * len(y.ids)
-            rewards = [mark.reward for mark in groups[q]]
-            advantage = 0.0  # exactly, where all rewards are equal: their mean may be rounded
-            if min(rewards) < max(rewards):
-                advantage = rewards[i] - sum(rewards) / len(rewards)  # Eq. 12, without the standard deviation
-            samples.append(Sample(place, row["prompt_ids"], context, y.ids, y.logps, mask, advantage))
+        # 3. Look back: the teacher of y_i reads another success s_i and/or f_i. Some y_i have neither.
+        samples, dropped = look_back(run, groups, places, rows, attempts)
 
         # 4. Learn, one optimiser step per mini-batch of questions.
-        lr, totals, active = learning_rate(step, args), Totals(), 0  # attempts that carry loss
+        lr, totals = learning_rate(step, args), Totals()
         for first in range(0, len(asked), size):
-            batch = [s for s in samples if first <= s.place < first + size]
-            taught = [s for s in batch if s.context or (args.policy_weight and s.advantage)]
-            taught = [s for s in taught if any(s.mask)]
-            active += len(taught)
+            mini_batch = range(first, first + size)
+            lengths = [len(y.ids) for place, y in zip(places, attempts, strict=True) if place in mini_batch]
+            taught = [s for s in samples if s.place in mini_batch]
             if args.entropy_quantile:
                 taught = most_uncertain(run, student, taught, args.entropy_quantile)
 
             # 4a. Count attempts and tokens of all ranks before any backward: the denominators.
-            n = run.sum(taught=len(taught), attempts=len(batch), tokens=sum(len(s.y) for s in batch))
+            n = run.sum(taught=len(taught), attempts=len(lengths), tokens=sum(lengths))
             if n["taught"] == 0:  # true on every rank at once, so none is left waiting
                 continue
 
@@ -630,11 +615,10 @@ def main(args: Args) -> None:
                     targets = teacher.targets([(s.context, s.y) for s in guided]) if distils else []
                 with run.timer("student"):
                     h_ND = completion_states(student, [(s.prompt, s.y) for s in micro])
-                    loss, stats, weight_N, drawn_N = sdpo_loss(
-                        h_ND, head_of(student), targets, micro, n, args
-                    )
+                    loss, stats, weight_N = sdpo_loss(h_ND, head_of(student), targets, micro, n, args)
                     loss.backward()
-                totals.add(loss, stats, weight_N, drawn_N if first == 0 else None)
+                drawn = [p for s in guided for p in s.logps]
+                totals.add(loss, stats, weight_N, drawn if first == 0 else None)
                 if guided and not shown:  # the statistics are of these
                     shown = True
                     prompts = {"student reads": guided[0].prompt, "teacher reads": guided[0].context}
@@ -650,16 +634,15 @@ def main(args: Args) -> None:
 
         # 6. Evaluate, report, save.
         metrics = {**totals.metrics(run), **rollout_metrics(run, attempts), **found, "train/lr": lr}
-        n = run.sum(active=active, dropped=dropped)
+        n = run.sum(active=len(samples), dropped=dropped)
         marks = [mark for group in groups for mark in group]
-        metrics["rollout/reward"] = sum(mark.reward for mark in marks) / len(marks)
-        metrics["rollout/special_tokens"] = sum(mark.hidden for mark in marks)
-        metrics["distill/active_frac"] = n["active"] / len(asked)
-        metrics["teacher/dropped_prompts"] = n["dropped"]
-        metrics["teacher/distance"] = teacher.distance()
-        silent = 0 if n["active"] else silent + 1
-        if silent == 10:
-            run.say("warning: ten steps without anything to learn; use easier questions, or more --rollouts")
+        metrics |= {
+            "rollout/reward": sum(mark.reward for mark in marks) / len(marks),
+            "rollout/special_tokens": sum(mark.hidden for mark in marks),
+            "distill/active_frac": n["active"] / len(asked),
+            "teacher/dropped_prompts": n["dropped"],
+            "teacher/distance": teacher.distance(),
+        }
         evaluates = step % args.eval_every == 0 or step == steps
         if args.teacher_samples and distils and args.teacher != "trust_region" and (step == 1 or evaluates):
             metrics |= teacher_accuracy(run, sampler, samples, asked, step)

@@ -29,320 +29,187 @@ class Row(NamedTuple):
 
 
 NONE = "–"
-TABLES: dict[tuple[str, str], list[Row]] = {
-    ("sdft", "tooluse"): [
-        Row("student", "model", "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct", NONE, "paper"),
-        Row(
-            "divergence",
-            "divergence",
-            "reverse_kl in Eq. 1; all results were run with forward_kl",
-            "forward_kl",
-            "jsd ½",
-            "code",
-        ),
-        Row("support", "support", "full", "full", "student's top 100, renormalised", "paper"),
-        Row("first tokens without loss", "skip_tokens", "the first few", "3", "0", "code"),
-        Row(
-            "importance ratio",
-            "is_cap",
-            "optional",
-            "2 (cap), averaged over the answer",
-            "2 (cap), per token",
-            "code",
-        ),
-        Row(
-            "teacher, rate",
-            "teacher / ema_rate",
-            "ema, .01 .02 .05 tried",
-            "ema / 0.01, in bf16",
-            "base",
-            "code",
-        ),
-        Row(
-            "prompts, answers each",
-            "prompts_per_step / rollouts",
-            "16 32 64 tried, 1",
-            "32 / 1 (until March 2026: 8 answers)",
-            "8 answers",
-            "code",
-        ),
-        Row("learning rate", "lr", "5e-6 1e-5 5e-5 tried", "5e-5, bf16 weights", "", "paper"),
-        Row("schedule, warm-up steps", "schedule / warmup", "cosine / 10", "cosine, a tenth", "", "paper"),
-        Row("epochs", "epochs", "1 2 tried", "2", "", "paper"),
-        Row("weight decay", "weight_decay", "0", "0", "", "paper"),
-        Row("AdamW betas", "adam_betas", NONE, "0.9 / 0.999", "", "code"),
-        Row("longest prompt", "max_prompt_tokens", NONE, "1024, cut", "512, cut", "code"),
-        Row("longest answer", "max_completion_tokens", "2048", "1024", "256", "paper"),
-        Row("evaluation temperature", "eval_temperature", "0", "0", "", "paper"),
-        Row("longest answer in evaluation", "eval_max_tokens", NONE, "1024", "", "code"),
-        Row("verifier", "verifier", "tool_use: actions and inputs", "tool_use", NONE, "paper"),
-        Row("validation, then test", "eval_data", "validation split, 68 rows", "68 rows, later 97", NONE, "own"),
-    ],
-    ("sdft", "science"): [
-        Row("verifier", "verifier", "choice: the letter", "choice: text in <answer>", NONE, "paper"),
-        Row("validation, then test", "eval_data", "5 %, 20 % of the rows", "507 rows", NONE, "own"),
-        Row("learning rate", "lr", "5e-6 1e-5 5e-5 tried", NONE, "", "paper"),
-        Row("epochs", "epochs", "1 2 tried", NONE, "", "paper"),
-        Row("longest answer", "max_completion_tokens", "2048", "evaluation 2048", "256", "paper"),
-    ],
-    ("sdft", "medical"): [
-        Row("rows", "data", "medical-o1 (en), 1,000 questions test", NONE, NONE, "own"),
-        Row("learning rate", "lr", "5e-6 1e-5 5e-5 tried", NONE, "", "paper"),
-        Row("epochs", "epochs", "1 2 tried", NONE, "", "paper"),
-        Row("longest answer", "max_completion_tokens", "2048", NONE, "256", "paper"),
-    ],
-    ("sdft", "knowledge"): [
-        Row("learning rate", "lr", "5e-6 1e-5 5e-5 tried", NONE, "", "paper"),
-        Row("epochs", "epochs", "1 2 4 tried", NONE, "", "paper"),
-        Row("EMA rate", "ema_rate", ".01 .02 .05: 0.01", NONE, "", "paper"),
-        Row("longest answer", "max_completion_tokens", "1024", NONE, "256", "paper"),
-        Row("longest teacher prompt: an article", "max_teacher_tokens", NONE, NONE, NONE, "own"),
-    ],
-    ("sdpo", "sciknoweval"): [
-        Row("student", "model", "Qwen/Qwen3-8B", "Qwen/Qwen3-8B", NONE, "paper"),
-        Row("divergence", "divergence", "jsd", "jsd, ½", "sampled token, reverse KL", "paper"),
-        Row(
-            "support",
-            "support / topk",
-            "student_topk / 100",
-            "student_topk / 100, with a tail",
-            "sampled token",
-            "paper",
-        ),
-        Row("average", "average", "token", "sequence", "sequence", "code"),
-        Row("a success has at least the reward", "success", "1", "0.5", "1", "code"),
-        Row("verifier", "verifier", "choice: the letter", "choice: text in <answer>", NONE, "paper"),
-        Row("importance ratio: cap, per token", "is_cap", "2", "2", NONE, "paper"),
-        Row(
-            "teacher, rate",
-            "teacher / ema_rate",
-            "ema / 0.05, once per batch",
-            "ema / 0.05, once per batch",
-            "ema, .05, every optimiser step",
-            "paper",
-        ),
-        Row("what the teacher reads", "hindsight", "solution", "solution", "solution", "paper"),
-        Row("questions, attempts", "prompts_per_step / rollouts", "32 / 8", "32 / 8", "", "paper"),
-        Row("questions an optimiser step (0: all)", "mini_batch", "all: 0 or 32", "32", "", "paper"),
-        Row("learning rate, then constant, warm-up", "lr / warmup", "1e-5 / 10", "1e-5 / 10", "", "paper"),
-        Row("weight decay", "weight_decay", "0.01", "0.01", "", "paper"),
-        Row("AdamW betas", "adam_betas", NONE, "0.9 / 0.999", "", "code"),
-        Row(
-            "longest prompt, answer, teacher prompt",
-            "max_prompt_tokens / max_completion_tokens / max_teacher_tokens",
-            "2048 / 8192 / 10240",
-            "2048 / 8192 / 10240",
-            "512, 256",
-            "paper",
-        ),
-        Row(
-            "evaluation: answers, T, top-p, every",
-            "eval_samples / eval_temperature / eval_top_p / eval_every",
-            "16 / 0.6 / 0.95 / 5",
-            "16 / 0.6 / 0.95 / 5",
-            "",
-            "paper",
-        ),
-    ],
-    ("sdpo", "grpo"): [
-        Row("share of GRPO", "policy_weight", "1", "1", NONE, "paper"),
-        Row("learning rate, then constant, warm-up", "lr / warmup", "1e-6 / 10", "1e-6 / 10", "", "paper"),
-        Row("questions an optimiser step", "mini_batch", "8", "8", "", "paper"),
-        Row("questions, attempts", "prompts_per_step / rollouts", "32 / 8", "32 / 8", "", "paper"),
-        Row("average", "average", "token", "sequence", "dapo: token", "code"),
-        Row("verifier", "verifier", "choice: the letter", "choice: text in <answer>", NONE, "paper"),
-    ],
-    ("sdpo", "tooluse"): [
-        Row("verifier", "verifier", "tool_use: actions and inputs", "tool_use", NONE, "paper"),
-        Row("what the teacher reads", "hindsight", "solution", "solution", "solution", "paper"),
-        Row("learning rate, then constant, warm-up", "lr / warmup", "1e-5 / 10", "1e-5 / 10", "", "paper"),
-        Row("divergence, K", "divergence / topk", "jsd / 100", "jsd / 100", "", "paper"),
-    ],
-    ("sdpo", "lcb"): [
-        Row("divergence", "divergence", "reverse_kl", "reverse_kl", "reverse KL", "paper"),
-        Row(
-            "support",
-            "support / topk",
-            "student_topk / 20",
-            "student_topk / 20, with a tail",
-            "sampled token",
-            "paper",
-        ),
-        Row(
-            "teacher, rate",
-            "teacher / ema_rate",
-            "ema / 0.01",
-            "ema, .05 as released: the flag was renamed",
-            "ema, .05",
-            "paper",
-        ),
-        Row(
-            "questions, attempts, mini-batch",
-            "prompts_per_step / rollouts / mini_batch",
-            "32 / 8 / 1",
-            "32 / 8 / 1",
-            "",
-            "paper",
-        ),
-        Row("learning rate, then constant, warm-up", "lr / warmup", "1e-6 / 0", "1e-6 / 0", "", "paper"),
-        Row("evaluation answers", "eval_samples", "4", "4", "", "paper"),
-        Row("verifier", "verifier", "code: all tests", "code: all tests", NONE, "paper"),
-    ],
-    ("sdpo", "ttt"): [
-        Row(
-            "questions, attempts, mini-batch",
-            "prompts_per_step / rollouts / mini_batch",
-            "1 / 16 / 1",
-            "not released",
-            NONE,
-            "paper",
-        ),
-        Row(
-            "divergence, K, rate",
-            "divergence / topk / ema_rate",
-            "reverse_kl / 20 / 0.01",
-            "not released",
-            NONE,
-            "paper",
-        ),
-        Row(
-            "learning rate, advantage clip", "lr / advantage_clip", "1e-6 / 5", "not released", NONE, "paper"
-        ),
-        Row("steps", "steps", "2750 attempts, 172 steps", "not released", NONE, "paper"),
-        Row("warm-up, row", "warmup / question", "0 / 1, 3, 10 and 16 more", "not released", NONE, "paper"),
-        Row("verifier", "verifier", "code: all tests", "not released", NONE, "paper"),
-        Row("hindsight prompts answered by the teacher", "teacher_samples", NONE, NONE, NONE, "own"),
-    ],
-    ("srt", "math"): [
-        Row("student", "model", "Qwen/Qwen3-4B-Instruct-2507", NONE, NONE, "paper"),
-        Row(
-            "questions, attempts, revisions, kept",
-            "questions / attempts / revisions / target",
-            "10000 / 1 / 3 / 6000",
-            "3 attempts, 3 revisions, 6000",
-            "1, 3",
-            "paper",
-        ),
-        Row("right attempts revised too", "revise_right", "yes", "no", "yes", "paper"),
-        Row("phrases", "phrases", "paper", "its own for wrong attempts", "paper", "paper"),
-        Row("loss", "loss", "joint", "sequential", "joint", "paper"),
-        Row("epochs", "epochs", "2", "3 + 3", "", "paper"),
-        Row("learning rate, schedule", "lr / schedule", "5e-6 / cosine", "5e-6 / cosine", "", "paper"),
-        Row("weight decay", "weight_decay", NONE, "1e-4", "", "code"),
-        Row("AdamW betas", "adam_betas", NONE, "0.9 / 0.95", "", "code"),
-        Row("warm-up, share of the steps", "warmup", NONE, "0.05", "", "code"),
-        Row("traces a step", "prompts_per_step", NONE, "4", "", "code"),
-        Row(
-            "sampling: T, longest",
-            "temperature / max_completion_tokens",
-            "0.7 / 16384",
-            "1 / 16384",
-            ".8",
-            "paper",
-        ),
-        Row("evaluation: answers, longest", "eval_samples / eval_max_tokens", "8 / 32768", "8", "", "paper"),
-        Row("verifier", "verifier", "math, or a stated answer", "math, or a stated answer", NONE, "paper"),
-    ],
-    ("srt", "math-sequential"): [
-        Row("loss", "loss", "joint", "sequential", "joint", "code"),
-        Row("epochs of each run", "epochs", "2", "3", "", "code"),
-        Row("warm-up, share of each run", "warmup", NONE, "0.05", "", "code"),
-        Row("records of the second run", "stage_two", NONE, "1000 (README: 2000)", NONE, "code"),
-        Row("attempts, revisions, kept", "attempts / revisions / target", "1, 3", "3 / 3 / 6000", "1, 3", "code"),
-        Row("right attempts revised too", "revise_right", "yes", "no", "yes", "code"),
-        Row("phrases", "phrases", "paper", "qwen", "paper", "code"),
-        Row("sampling: T", "temperature", "0.7", "1, top-p .9", ".8", "code"),
-        Row("longest answer in evaluation", "eval_max_tokens", "32768", NONE, "", "paper"),
-        Row("verifier", "verifier", "math, or a stated answer", "math, or a stated answer", NONE, "paper"),
-    ],
-    ("srt", "code"): [
-        Row("questions, kept", "questions / target", "10000 / 6000", "6000", NONE, "paper"),
-        Row("verifier", "verifier", "code", "code: the last Python block", NONE, "paper"),
-        Row("evaluation: answers, longest", "eval_samples / eval_max_tokens", "8 / 32768", "8", "", "paper"),
-        Row("loss, epochs", "loss / epochs", "joint / 2", "sequential, 3 + 3", "joint", "paper"),
-    ],
-    ("sdzero", "math"): [
-        Row("divergence", "divergence", "reverse KL in Eq. 4", "mixed, ½", "", "code"),
-        Row("support", "support / topk", "top 64", "teacher_topk / 64, renormalised", "", "code"),
-        Row(
-            "reviser renewed every (0: never)",
-            "sync_every",
-            "at a plateau, in a figure",
-            "0",
-            "512, renewed whole",
-            "code",
-        ),
-        Row("questions", "questions", "9000", "DeepScaleR", "", "paper"),
-        Row("prompts, answers each", "prompts_per_step / rollouts", "1 answer", "128 / 1", "1", "code"),
-        Row("learning rate", "lr", "5e-6", "5e-6", "", "paper"),
-        Row("warm-up steps", "warmup", NONE, "20, then constant", "", "code"),
-        Row("weight decay", "weight_decay", NONE, "0.01", "", "code"),
-        Row("epochs", "epochs", "1", "5 at most", "", "paper"),
-        Row(
-            "sampling: T, longest",
-            "temperature / max_completion_tokens",
-            "0.7 / 16384",
-            "1, 8192 with the prompt",
-            "",
-            "paper",
-        ),
-        Row("longest teacher prompt", "max_teacher_tokens", NONE, "32768, cut", "", "code"),
-        Row("evaluation: answers, longest", "eval_samples / eval_max_tokens", "8 / 32768", "8", "", "paper"),
-        Row("verifier", "verifier", "math, or a stated answer", "math, or a stated answer", NONE, "paper"),
-    ],
-    ("sdzero", "code"): [
-        Row("questions", "questions", "9000", NONE, "", "paper"),
-        Row("verifier", "verifier", "code", "code: the last Python block", NONE, "paper"),
-        Row("evaluation: answers, longest", "eval_samples / eval_max_tokens", "8 / 32768", "8", "", "paper"),
-        Row("learning rate", "lr", "5e-6", "5e-6", "", "paper"),
-    ],
-    ("distill", "gkd-gsm8k"): [
-        Row("lambda", "lmbda", "1 (best of 0 ½ 1)", NONE, "always 1; GKD trainer .5", "paper"),
-        Row(
-            "divergence",
-            "divergence",
-            "forward_kl (best of 5 on GSM8K)",
-            NONE,
-            "reverse KL; GKD trainer jsd ½",
-            "paper",
-        ),
-        Row("support", "support", "full", NONE, "full", "paper"),
-        Row("average", "average", "sequence", NONE, "token", "paper"),
-        Row("sampling temperature", "temperature", "1", NONE, "1; GKD trainer .9", "paper"),
-        Row("learning rate", "lr", NONE, NONE, "1e-6", "own"),
-        Row("longest answer", "max_completion_tokens", NONE, NONE, "512; GKD trainer 128", "own"),
-        Row("verifier", "verifier", "accuracy", NONE, NONE, "own"),
-        Row("validation, then test", "eval_data", "GSM8K", NONE, NONE, "own"),
-    ],
-    ("distill", "tml-math"): [
-        Row(
-            "student, teacher",
-            "model / teacher",
-            "Qwen/Qwen3-8B-Base / Qwen/Qwen3-8B",
-            "Qwen3.5",
-            NONE,
-            "paper",
-        ),
-        Row("objective", "objective", "policy_gradient", "policy_gradient", NONE, "paper"),
-        Row(
-            "prompts, answers each",
-            "prompts_per_step / rollouts",
-            "64, 4",
-            "512 / 4 (README), 1024",
-            NONE,
-            "code",
-        ),
-        Row("LoRA rank, learning rate", "lora_rank / lr", NONE, "128 / 1e-4", NONE, "code"),
-        Row("steps", "steps", "150", "200", NONE, "paper"),
-        Row("longest answer", "max_completion_tokens", NONE, "4096 (README: 16384)", NONE, "code"),
-        Row("average", "average", NONE, "sum over tokens", NONE, "own"),
-        Row("warm-up steps", "warmup", NONE, NONE, NONE, "own"),
-        Row("chat template arguments", "chat_kwargs", NONE, NONE, NONE, "own"),
-        Row("evaluation temperature", "eval_temperature", NONE, "1", NONE, "code"),
-        Row("verifier", "verifier", "AIME24", NONE, NONE, "own"),
-    ],
-}
+# A script and its preset, then the fields of a Row a line.
+ROWS = """\
+sdft tooluse
+student | model | Qwen/Qwen2.5-7B-Instruct | Qwen/Qwen2.5-7B-Instruct | – | paper
+divergence | divergence | reverse_kl in Eq. 1; all results were run with forward_kl | forward_kl | jsd ½ | code
+support | support | full | full | student's top 100, renormalised | paper
+first tokens without loss | skip_tokens | the first few | 3 | 0 | code
+importance ratio | is_cap | optional | 2 (cap), averaged over the answer | 2 (cap), per token | code
+teacher, rate | teacher / ema_rate | ema, .01 .02 .05 tried | ema / 0.01, in bf16 | base | code
+prompts, answers each | prompts_per_step / rollouts | \
+16 32 64 tried, 1 | 32 / 1 (until March 2026: 8 answers) | 8 answers | code
+learning rate | lr | 5e-6 1e-5 5e-5 tried | 5e-5, bf16 weights | – | paper
+schedule, warm-up steps | schedule / warmup | cosine / 10 | cosine, a tenth | – | paper
+epochs | epochs | 1 2 tried | 2 | – | paper
+weight decay | weight_decay | 0 | 0 | – | paper
+AdamW betas | adam_betas | – | 0.9 / 0.999 | – | code
+longest prompt | max_prompt_tokens | – | 1024, cut | 512, cut | code
+longest answer | max_completion_tokens | 2048 | 1024 | 256 | paper
+evaluation temperature | eval_temperature | 0 | 0 | – | paper
+longest answer in evaluation | eval_max_tokens | – | 1024 | – | code
+verifier | verifier | tool_use: actions and inputs | tool_use | – | paper
+validation, then test | eval_data | validation split, 68 rows | 68 rows, later 97 | – | own
 
+sdft science
+verifier | verifier | choice: the letter | choice: text in <answer> | – | paper
+validation, then test | eval_data | 5 %, 20 % of the rows | 507 rows | – | own
+learning rate | lr | 5e-6 1e-5 5e-5 tried | – | – | paper
+epochs | epochs | 1 2 tried | – | – | paper
+longest answer | max_completion_tokens | 2048 | evaluation 2048 | 256 | paper
+
+sdft medical
+rows | data | medical-o1 (en), 1,000 questions test | – | – | own
+learning rate | lr | 5e-6 1e-5 5e-5 tried | – | – | paper
+epochs | epochs | 1 2 tried | – | – | paper
+longest answer | max_completion_tokens | 2048 | – | 256 | paper
+
+sdft knowledge
+learning rate | lr | 5e-6 1e-5 5e-5 tried | – | – | paper
+epochs | epochs | 1 2 4 tried | – | – | paper
+EMA rate | ema_rate | .01 .02 .05: 0.01 | – | – | paper
+longest answer | max_completion_tokens | 1024 | – | 256 | paper
+longest teacher prompt: an article | max_teacher_tokens | – | – | – | own
+
+sdpo sciknoweval
+student | model | Qwen/Qwen3-8B | Qwen/Qwen3-8B | – | paper
+divergence | divergence | jsd | jsd, ½ | sampled token, reverse KL | paper
+support | support / topk | student_topk / 100 | student_topk / 100, with a tail | sampled token | paper
+average | average | token | sequence | sequence | code
+a success has at least the reward | success | 1 | 0.5 | 1 | code
+verifier | verifier | choice: the letter | choice: text in <answer> | – | paper
+importance ratio: cap, per token | is_cap | 2 | 2 | – | paper
+teacher, rate | teacher / ema_rate | \
+ema / 0.05, once per batch | ema / 0.05, once per batch | ema, .05, every optimiser step | paper
+what the teacher reads | hindsight | solution | solution | solution | paper
+questions, attempts | prompts_per_step / rollouts | 32 / 8 | 32 / 8 | – | paper
+questions an optimiser step (0: all) | mini_batch | all: 0 or 32 | 32 | – | paper
+learning rate, then constant, warm-up | lr / warmup | 1e-5 / 10 | 1e-5 / 10 | – | paper
+weight decay | weight_decay | 0.01 | 0.01 | – | paper
+AdamW betas | adam_betas | – | 0.9 / 0.999 | – | code
+longest prompt, answer, teacher prompt | max_prompt_tokens / max_completion_tokens / max_teacher_tokens | \
+2048 / 8192 / 10240 | 2048 / 8192 / 10240 | 512, 256 | paper
+evaluation: answers, T, top-p, every | eval_samples / eval_temperature / eval_top_p / eval_every | \
+16 / 0.6 / 0.95 / 5 | 16 / 0.6 / 0.95 / 5 | – | paper
+
+sdpo grpo
+share of GRPO | policy_weight | 1 | 1 | – | paper
+learning rate, then constant, warm-up | lr / warmup | 1e-6 / 10 | 1e-6 / 10 | – | paper
+questions an optimiser step | mini_batch | 8 | 8 | – | paper
+questions, attempts | prompts_per_step / rollouts | 32 / 8 | 32 / 8 | – | paper
+average | average | token | sequence | dapo: token | code
+verifier | verifier | choice: the letter | choice: text in <answer> | – | paper
+
+sdpo tooluse
+verifier | verifier | tool_use: actions and inputs | tool_use | – | paper
+what the teacher reads | hindsight | solution | solution | solution | paper
+learning rate, then constant, warm-up | lr / warmup | 1e-5 / 10 | 1e-5 / 10 | – | paper
+divergence, K | divergence / topk | jsd / 100 | jsd / 100 | – | paper
+
+sdpo lcb
+divergence | divergence | reverse_kl | reverse_kl | reverse KL | paper
+support | support / topk | student_topk / 20 | student_topk / 20, with a tail | sampled token | paper
+teacher, rate | teacher / ema_rate | ema / 0.01 | ema, .05 as released: the flag was renamed | ema, .05 | paper
+questions, attempts, mini-batch | prompts_per_step / rollouts / mini_batch | 32 / 8 / 1 | 32 / 8 / 1 | – | paper
+learning rate, then constant, warm-up | lr / warmup | 1e-6 / 0 | 1e-6 / 0 | – | paper
+evaluation answers | eval_samples | 4 | 4 | – | paper
+verifier | verifier | code: all tests | code: all tests | – | paper
+
+sdpo ttt
+questions, attempts, mini-batch | prompts_per_step / rollouts / mini_batch | 1 / 16 / 1 | not released | – | paper
+divergence, K, rate | divergence / topk / ema_rate | reverse_kl / 20 / 0.01 | not released | – | paper
+learning rate, advantage clip | lr / advantage_clip | 1e-6 / 5 | not released | – | paper
+steps | steps | 2750 attempts, 172 steps | not released | – | paper
+warm-up, row | warmup / question | 0 / 1, 3, 10 and 16 more | not released | – | paper
+verifier | verifier | code: all tests | not released | – | paper
+hindsight prompts answered by the teacher | teacher_samples | – | – | – | own
+
+srt math
+student | model | Qwen/Qwen3-4B-Instruct-2507 | – | – | paper
+questions, attempts, revisions, kept | questions / attempts / revisions / target | \
+10000 / 1 / 3 / 6000 | 3 attempts, 3 revisions, 6000 | 1, 3 | paper
+right attempts revised too | revise_right | yes | no | yes | paper
+phrases | phrases | paper | its own for wrong attempts | paper | paper
+loss | loss | joint | sequential | joint | paper
+epochs | epochs | 2 | 3 + 3 | – | paper
+learning rate, schedule | lr / schedule | 5e-6 / cosine | 5e-6 / cosine | – | paper
+weight decay | weight_decay | – | 1e-4 | – | code
+AdamW betas | adam_betas | – | 0.9 / 0.95 | – | code
+warm-up, share of the steps | warmup | – | 0.05 | – | code
+traces a step | prompts_per_step | – | 4 | – | code
+sampling: T, longest | temperature / max_completion_tokens | 0.7 / 16384 | 1 / 16384 | .8 | paper
+evaluation: answers, longest | eval_samples / eval_max_tokens | 8 / 32768 | 8 | – | paper
+verifier | verifier | math, or a stated answer | math, or a stated answer | – | paper
+
+srt math-sequential
+loss | loss | joint | sequential | joint | code
+epochs of each run | epochs | 2 | 3 | – | code
+warm-up, share of each run | warmup | – | 0.05 | – | code
+records of the second run | stage_two | – | 1000 (README: 2000) | – | code
+attempts, revisions, kept | attempts / revisions / target | 1, 3 | 3 / 3 / 6000 | 1, 3 | code
+right attempts revised too | revise_right | yes | no | yes | code
+phrases | phrases | paper | qwen | paper | code
+sampling: T | temperature | 0.7 | 1, top-p .9 | .8 | code
+longest answer in evaluation | eval_max_tokens | 32768 | – | – | paper
+verifier | verifier | math, or a stated answer | math, or a stated answer | – | paper
+
+srt code
+questions, kept | questions / target | 10000 / 6000 | 6000 | – | paper
+verifier | verifier | code | code: the last Python block | – | paper
+evaluation: answers, longest | eval_samples / eval_max_tokens | 8 / 32768 | 8 | – | paper
+loss, epochs | loss / epochs | joint / 2 | sequential, 3 + 3 | joint | paper
+
+sdzero math
+divergence | divergence | reverse KL in Eq. 4 | mixed, ½ | – | code
+support | support / topk | top 64 | teacher_topk / 64, renormalised | – | code
+reviser renewed every (0: never) | sync_every | at a plateau, in a figure | 0 | 512, renewed whole | code
+questions | questions | 9000 | DeepScaleR | – | paper
+prompts, answers each | prompts_per_step / rollouts | 1 answer | 128 / 1 | 1 | code
+learning rate | lr | 5e-6 | 5e-6 | – | paper
+warm-up steps | warmup | – | 20, then constant | – | code
+weight decay | weight_decay | – | 0.01 | – | code
+epochs | epochs | 1 | 5 at most | – | paper
+sampling: T, longest | temperature / max_completion_tokens | 0.7 / 16384 | 1, 8192 with the prompt | – | paper
+longest teacher prompt | max_teacher_tokens | – | 32768, cut | – | code
+evaluation: answers, longest | eval_samples / eval_max_tokens | 8 / 32768 | 8 | – | paper
+verifier | verifier | math, or a stated answer | math, or a stated answer | – | paper
+
+sdzero code
+questions | questions | 9000 | – | – | paper
+verifier | verifier | code | code: the last Python block | – | paper
+evaluation: answers, longest | eval_samples / eval_max_tokens | 8 / 32768 | 8 | – | paper
+learning rate | lr | 5e-6 | 5e-6 | – | paper
+
+distill gkd-gsm8k
+lambda | lmbda | 1 (best of 0 ½ 1) | – | always 1; GKD trainer .5 | paper
+divergence | divergence | forward_kl (best of 5 on GSM8K) | – | reverse KL; GKD trainer jsd ½ | paper
+support | support | full | – | full | paper
+average | average | sequence | – | token | paper
+sampling temperature | temperature | 1 | – | 1; GKD trainer .9 | paper
+learning rate | lr | – | – | 1e-6 | own
+longest answer | max_completion_tokens | – | – | 512; GKD trainer 128 | own
+verifier | verifier | accuracy | – | – | own
+validation, then test | eval_data | GSM8K | – | – | own
+
+distill tml-math
+student, teacher | model / teacher | Qwen/Qwen3-8B-Base / Qwen/Qwen3-8B | Qwen3.5 | – | paper
+objective | objective | policy_gradient | policy_gradient | – | paper
+prompts, answers each | prompts_per_step / rollouts | 64, 4 | 512 / 4 (README), 1024 | – | code
+LoRA rank, learning rate | lora_rank / lr | – | 128 / 1e-4 | – | code
+steps | steps | 150 | 200 | – | paper
+longest answer | max_completion_tokens | – | 4096 (README: 16384) | – | code
+average | average | – | sum over tokens | – | own
+warm-up steps | warmup | – | – | – | own
+chat template arguments | chat_kwargs | – | – | – | own
+evaluation temperature | eval_temperature | – | 1 | – | code
+verifier | verifier | AIME24 | – | – | own
+"""
+TABLES: dict[tuple[str, str], list[Row]] = {}
+for block in ROWS.split("\n\n"):
+    heading, *lines = block.strip().split("\n")
+    script, preset = heading.split()
+    TABLES[script, preset] = [Row(*line.split(" | ")) for line in lines]
 
 SCRIPTS = ("sdft", "sdpo", "srt", "sdzero", "distill")
 OWN = ("toy", "smol")  # presets of no paper: one table, a column for each script
@@ -378,7 +245,7 @@ def table(script: str, preset: str) -> str:
     ]
     for row in TABLES[script, preset]:
         value = f"{ours(script, preset, row)} ({row.whose})"
-        lines.append(f"| {row.name} | {row.paper} | {row.code} | {row.trl or NONE} | {value} |")
+        lines.append(f"| {row.name} | {row.paper} | {row.code} | {row.trl} | {value} |")
     return "\n".join(lines)
 
 
