@@ -63,7 +63,7 @@ from tqdm import tqdm
 Json = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "mixed"]
 Support = Literal["full", "student_topk", "teacher_topk", "sampled"]
-EVAL_STREAM, TRAIN_STREAM, TEACHER_STREAM = 0, 1, 2  # families of random numbers that never meet
+EVAL_STREAM, TRAIN_STREAM = 0, 1  # families of random numbers that never meet
 
 
 class InputError(ValueError):
