@@ -207,7 +207,6 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
     assert last.startswith("r: ") and all(part in last for part in (" → best ", " last ", "±", str(out)))
     for said in ("student reads\n<|user|>zig:", "teacher reads\n<|user|>\nzig:", "divergence"):
         assert said in done.stdout
-    assert done.stdout.count(" minutes to go, without evaluations") == 1
     [sample, *_] = common.read_jsonl(out / "samples.jsonl")
     assert sample.keys() == {"step", "set", "where", "prompt", "completion", "reward"}
     saved = AutoModelForCausalLM.from_pretrained(out / "last").state_dict()
@@ -276,7 +275,7 @@ MISTAKES = {
     "--data {tmp}/columns.jsonl": "columns.jsonl:1: missing column 'privileged_context' (found: prompt,",
     "--max-prompt-tokens 3": "none of the 24 rows fits; raise --max-prompt-tokens, --max-teacher-tokens",
     "--eval-data {tmp}/long.jsonl": "long.jsonl:1: 303 tokens; raise --max-prompt-tokens",
-    "--out /proc/run": "--out /proc/run: cannot write there",
+    "--out /proc/run": "--out /proc/run: [Errno 2] No such file or directory: '/proc/run'; use another folder",
 }
 
 
@@ -329,7 +328,7 @@ def test_a_folder_in_use_and_changed_flags_or_data_are_refused(tiny, tmp_path):
     rows = run_here("sdft", tmp_path / "r", tiny, f"--data {data} --resume --tokens-per-batch 99 --eval-every 1")
     assert len(rows) == 4  # flags of where and how fast may change
     (tmp_path / "r" / "config.json").unlink()
-    with pytest.raises(common.InputError, match="has no config.json; use another --out"):
+    with pytest.raises(common.InputError, match="config.json.; use another folder"):
         run_here("sdft", tmp_path / "r", tiny, "--resume")
 
 
@@ -374,13 +373,13 @@ def test_a_search_that_ends_at_once_has_no_curves(tmp_path):
 
 def test_wandb_gets_every_row_and_a_resumed_run_goes_on_there(tiny, tmp_path, monkeypatch):
     class Wandb:
-        begun, rows, tables, summary = [], [], [], {}
+        begun, rows, tables = [], [], []
         __spec__ = importlib.machinery.ModuleSpec("wandb", None)
 
         @classmethod
         def init(cls, **kwargs):
             cls.begun.append(kwargs)
-            return SimpleNamespace(log=cls.log, summary=cls.summary)
+            return SimpleNamespace(log=cls.log)
 
         @classmethod
         def log(cls, metrics, step):
@@ -401,8 +400,6 @@ def test_wandb_gets_every_row_and_a_resumed_run_goes_on_there(tiny, tmp_path, mo
     assert first["id"] and first["project"] == "p" and first["name"] == "r" and first == second
     samples = common.read_jsonl(tmp_path / "r" / "samples.jsonl")
     assert [row for _, table in Wandb.tables for row in table["samples/eval"]] == samples
-    expected = {"base/avg": rows[0]["eval/avg@1"], "last/avg": rows[-1]["eval/avg@1"]}
-    assert expected.items() <= Wandb.summary.items()
 
 
 def test_wandb_that_is_not_there(tiny, tmp_path, monkeypatch):
