@@ -1740,8 +1740,9 @@ MAX_GRAD_NORM = 1.0  # of every paper that names one
 def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
     """AdamW on this rank's trained shards. Its moments exist from the start, so that checkpoints can load."""
     params = [p for p in parameters_of(model).values() if p.requires_grad]
-    settings = dict(lr=args.lr, betas=args.adam_betas, weight_decay=args.weight_decay, eps=1e-8, fused=True)
-    optimizer = torch.optim.AdamW(params, **settings)
+    optimizer = torch.optim.AdamW(
+        params, args.lr, args.adam_betas, weight_decay=args.weight_decay, fused=True
+    )
     for p in params:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device)}
         optimizer.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -1749,10 +1750,7 @@ def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
 
 
 def optimizer_step(run: Run, lr: float) -> float:
-    """Clips the gradient, which FSDP has added up over ranks, and steps; returns the norm before clipping.
-
-    A gradient that is not finite skips the update; five in a row end the run.
-    """
+    """Steps with the clipped gradient, summed over ranks by FSDP, if it is finite; returns its norm."""
     params = run.optimizer.param_groups[0]["params"]
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -1865,16 +1863,14 @@ def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: S
     answers = sampler(model, prompts, keys, (EVAL_STREAM, place), how)
     rewards = [reward for reward, _ in run.grade(asked, answers)]
     if run.main:
-        samples = []
-        for row, y, reward in list(zip(asked, answers, rewards, strict=True))[: 4 * n : n]:
-            sample = {"step": step, "set": name, "where": row["where"], "completion": run.text(y)}
-            samples.append({**sample, "prompt": run.tokenizer.decode(row["prompt_ids"]), "reward": reward})
-        append_jsonl(run.out / "samples.jsonl", samples)
+        columns = ["step", "set", "where", "completion", "prompt", "reward"]
+        samples = [
+            [step, name, row["where"], run.text(y), run.tokenizer.decode(row["prompt_ids"]), reward]
+            for row, y, reward in list(zip(asked, answers, rewards, strict=True))[: 4 * n : n]
+        ]
+        append_jsonl(run.out / "samples.jsonl", [dict(zip(columns, s, strict=True)) for s in samples])
         if run.wandb:
-            table = sys.modules["wandb"].Table(
-                list(samples[0]), [list(sample.values()) for sample in samples]
-            )
-            run.wandb.log({f"samples/{name}": table}, step=step)
+            run.wandb.log({f"samples/{name}": sys.modules["wandb"].Table(columns, samples)}, step=step)
     found = [(reward, len(y.ids), y.finished) for reward, y in zip(rewards, answers, strict=True)]
     rewards, lengths, finished = zip(*run.gather(found), strict=True)
     groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
@@ -1911,10 +1907,9 @@ def save_results(run: Run, model: nn.Module) -> None:
     run.bar.close()
     scores, line = run.state["scores"], f"{run.out.name}: nothing was evaluated (no --eval-data)"
     if scores:
-        base, best, last = (
-            f"{scores[k]['avg']:.3f} ± {scores[k]['se']:.3f}" for k in ("base", "best", "last")
-        )
-        line = f"{run.out.name}: {base} → best {best} (step {scores['best']['step']}), last {last}"
+        shown = {name: f"{score['avg']:.3f} ± {score['se']:.3f}" for name, score in scores.items()}
+        best = f"{shown['best']} (step {scores['best']['step']})"
+        line = f"{run.out.name}: {shown['base']} → best {best}, last {shown['last']}"
     card = f"""# {run.out.name}
 
 {line}
@@ -1956,13 +1951,7 @@ def hub_id(source: str) -> str | None:
     return None if local else re.split("[:@#]", source)[0]
 
 
-CURVES = (
-    "eval.*/avg@",
-    "train/loss",
-    "distill/divergence$",
-    "rollout/reward|teacher/accuracy",
-    "rollout/length",
-)
+CURVES = "eval.*/avg@ train/loss distill/divergence$ rollout/reward|teacher/accuracy rollout/length".split()
 
 
 def draw_curves(out: Path) -> None:
