@@ -14,7 +14,6 @@ TRL (1.16) and Liger are optional: pip install --no-deps trl accelerate liger-ke
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path

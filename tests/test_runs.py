@@ -3,9 +3,9 @@
 import importlib.machinery
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
 
@@ -30,6 +30,15 @@ def judge(tmp_path):
         return f"--verifier {tmp_path}/judge.py:judge"
 
     return write
+
+
+def start(script, argv, monkeypatch, capsys):
+    """The exit code of a script started in this process, and what it printed to stdout and stderr."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv.split()])
+    with pytest.raises(SystemExit) as ended:
+        common.launch(module.main, module.Args, module.PRESETS)
+    return ended.value.code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -158,21 +167,21 @@ def judge(completion, row):
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
 
-def test_sigterm_saves_and_exits_0(tiny, tmp_path):
-    out = tmp_path / "r"
-    command = [sys.executable, "sdft.py", *flags_of("sdft", out, tiny, "--steps 2000 --save-every 1000").split()]
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **streams)
-    deadline = time.time() + 120
-    while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < 4:
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
-    step = metrics_of(out)[-1]["step"]
-    assert process.returncode == 0 and checkpoint(out, step)["step"] == step
-    assert [folder.name for folder in (out / "checkpoints").iterdir()] == [f"step-{step:08d}"]
-    assert f"Stopped after step {step}. To continue, rerun the same command with --resume." in said
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_0_and_a_second_one_ends_at_once(signum, tiny, tmp_path, monkeypatch, capsys):
+    log = common.Run.log
+
+    def log_and_signal(run, step, metrics):
+        log(run, step, metrics)
+        if step == 2:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(common.Run, "log", log_and_signal)
+    code, said, _ = start("sdft", flags_of("sdft", tmp_path / "r", tiny, "--steps 9"), monkeypatch, capsys)
+    assert code == 0 and [row["step"] for row in metrics_of(tmp_path / "r")] == [0, 1, 2]
+    assert [folder.name for folder in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert "Stopped after step 2. To continue, rerun the same command with --resume." in said
+    assert signal.getsignal(signum) == signal.SIG_DFL
 
 
 # ---- What a run leaves behind
@@ -242,15 +251,6 @@ def test_evaluation_statistics_by_hand(tiny, tmp_path, judge):
 
 
 # ---- Mistakes: one sentence, what would work, exit code 2, no traceback
-
-
-def start(script, argv, monkeypatch, capsys):
-    """The exit code of a script started in this process, and what it printed to stdout and stderr."""
-    module = importlib.import_module(script)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv.split()])
-    with pytest.raises(SystemExit) as ended:
-        common.launch(module.main, module.Args, module.PRESETS)
-    return ended.value.code, *capsys.readouterr()
 
 
 MISTAKES = {
