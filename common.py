@@ -16,6 +16,7 @@ D hidden width, V vocabulary, K top-k, and N for the completion tokens of a micr
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import collections
 import contextlib
@@ -1327,14 +1328,14 @@ POSITIVE = """
     prompts_per_step max_prompt_tokens max_teacher_tokens max_completion_tokens eval_every eval_samples
     eval_top_p attempts revisions collect_batch max_tokens success
 """.split()
-SHARES = set("beta ema_rate entropy_quantile policy_weight lmbda adam_betas eval_top_p success".split())
+SHARES = "beta ema_rate entropy_quantile policy_weight lmbda adam_betas eval_top_p success".split()
 
 
 def parse_args(args_type: type, presets: dict, argv: list | None = None) -> Any:
     """Explicit flags over the preset over the defaults of `Args`; `--preset NAME --help` shows the preset."""
-    argv = sys.argv[1:] if argv is None else argv
-    words = " ".join(argv).replace("--preset=", "--preset ").split() + ["--preset", args_type().preset]
-    name = words[words.index("--preset") + 1]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=args_type().preset)
+    name = first.parse_known_args(argv)[0].preset
     if name not in presets:
         raise InputError(f"--preset {name}: expected one of {', '.join(presets)}")
     module = sys.modules[args_type.__module__]
@@ -1343,11 +1344,12 @@ def parse_args(args_type: type, presets: dict, argv: list | None = None) -> Any:
     description = re.sub("^", " ", module.__doc__, flags=re.M)  # tyro keeps the layout of indented text
     args = tyro.cli(args_type, default=default, args=argv, description=description)
     for key, value in vars(args).items():
-        least, most = "above 0" if key in POSITIVE else "at least 0", 1 if key in SHARES else math.inf
-        wanted = f"{least} and at most {most}" if key in SHARES else least
+        least = sys.float_info.min if key in POSITIVE else 0
+        most = 1 if key in SHARES else math.inf
         for number in value if isinstance(value, tuple) else (value,):
-            fits = not isinstance(number, (int, float)) or 0 <= number <= most
-            if not fits or (number == 0 and key in POSITIVE):
+            if isinstance(number, (int, float)) and not least <= number <= most:
+                wanted = "above 0" if least else "at least 0"
+                wanted += " and at most 1" * (most == 1)
                 raise InputError(f"--{key.replace('_', '-')} {number:g}: expected a number {wanted}")
     return args
 
@@ -1375,30 +1377,30 @@ def launch(main: Any, args_type: type, presets: dict) -> None:
 
 
 class Run:
-    """One process of a run: its rank, its output folder, the sums over ranks, and what a checkpoint holds.
+    """One process of a run: its rank, its output folder, the sums over ranks, and what a checkpoint holds."""
 
-    Files in args.out: config.json, metrics.jsonl, samples.jsonl, curves.png, run_card.md, checkpoints/, and
-    the Hugging Face folders best/ and last/.
-    """
+    student = teacher = optimizer = verify = bar = wandb = None
+    mesh = None  # over which several processes shard their models
+    stopped = False  # by a signal; the step is finished first
+    skipped_in_a_row = 0  # steps whose gradient was not finite
 
     def __init__(self, args: Any, tokenizer: Any = None):
-        self.args, self.tokenizer, self.out = args, tokenizer, Path(args.out)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        auto = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.computes_in_bf16 = (auto if args.dtype == "auto" else args.dtype) == "bfloat16"
+        self.args = args
+        self.tokenizer = tokenizer
+        self.out = Path(args.out)
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
-        self.mesh = None  # over which several processes shard their models
+        gpu = torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
+        self.computes_in_bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and gpu)
         self.success = SOLVED  # reward from which an answer counts for pass@n; sdpo.py has a flag for it
+        self.evals = {}  # name -> rows
         self.files = {}  # name -> text of files that every saved model folder contains
         # Of the whole run, in every checkpoint.
         self.state = {"scores": {}, "tokens": 0, "seconds": 0.0, "skipped": 0}
         self.times = collections.Counter()  # seconds of this step, by phase
-        self.began, self.stopped, self.skipped_in_a_row = time.time(), False, 0
-        self.student = self.teacher = self.optimizer = self.verify = self.bar = self.wandb = None
-        self.evals = {}
+        self.began = time.time()
 
     def sum(self, **parts: float) -> dict:
         """Adds each number over all ranks, in one call. Means are made of sums and counts, never of means."""
@@ -1422,8 +1424,7 @@ class Run:
     def share(self, items: list, size: int = 0) -> list:
         """This rank's part of every `size` items: neighbours, so that attempts of a prompt stay together."""
         size = size or len(items)
-        ends = [-(-size * rank // self.world) for rank in (self.rank, self.rank + 1)]
-        return [x for first in range(0, len(items), size) for x in items[first : first + size][slice(*ends)]]
+        return [item for i, item in enumerate(items) if i % size * self.world // size == self.rank]
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Any:
@@ -1444,7 +1445,7 @@ class Run:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.times[name] += time.perf_counter() - began
+        self.times[f"time/{name}"] += time.perf_counter() - began
 
     def say(self, text: str) -> None:
         """Prints on the first rank, above the progress bar."""
@@ -1466,32 +1467,32 @@ class Run:
 
     def log(self, step: int, metrics: dict) -> None:
         """Writes global numbers of this step to metrics.jsonl, wandb and the progress bar."""
-        seconds, tokens = sum(self.times.values()) - self.times["eval"], metrics.get("train/tokens", 0)
+        tokens = metrics.get("train/tokens", 0)
+        seconds = self.times.total() - self.times["time/eval"]
         self.state["seconds"] += seconds
         self.state["tokens"] += tokens
-        metrics = {"step": step, **metrics, **{f"time/{name}": value for name, value in self.times.items()}}
-        metrics |= {"time/train": self.state["seconds"], "memory/peak_gib": peak_memory(self.device) / 2**30}
+        metrics = {"step": step, **metrics, **self.times}
+        metrics["time/train"] = self.state["seconds"]
+        metrics["memory/peak_gib"] = peak_memory(self.device) / 2**30
         if tokens:
-            metrics |= {"time/tokens_per_s": tokens / seconds, "train/skipped": self.state["skipped"]}
+            metrics["time/tokens_per_s"] = tokens / seconds
+            metrics["train/skipped"] = self.state["skipped"]
         self.times.clear()
         if self.main:
             append_jsonl(self.out / "metrics.jsonl", [metrics])
-            if tokens and step == self.bar.initial + 1:
-                minutes = seconds * (self.bar.total - step) / 60
-                self.say(f"about {minutes:.1f} minutes to go, without evaluations")
-            shown = [name for name in ("train/loss", "rollout/reward", "rollout/length") if name in metrics]
-            self.bar.set_postfix_str(" ".join(f"{name.split('/')[1]} {metrics[name]:.3g}" for name in shown))
+            shown = {"train/loss", "rollout/reward", "rollout/length"} & metrics.keys()
+            self.bar.set_postfix({name: metrics[name] for name in sorted(shown)})
             self.bar.update(step - self.bar.n)
         if self.wandb:
             self.wandb.log(metrics, step=step)
 
     def start_training(self, steps: int, student: nn.Module, teacher: Teacher | None) -> int:
         """Makes the optimizer, loads the newest checkpoint, opens the logs; returns the steps done."""
-        self.student, self.teacher, self.optimizer = student, teacher, make_optimizer(student, self.args)
+        self.student = student
+        self.teacher = teacher
+        self.optimizer = make_optimizer(student, self.args)
         done = load_checkpoint(self)
-        self.bar = tqdm(
-            total=steps, initial=done, disable=not self.main, desc=self.out.name, dynamic_ncols=True
-        )
+        self.bar = tqdm(total=steps, initial=done, disable=not self.main, desc=self.out.name)
         if self.main and self.args.wandb_project:
             import wandb
 
@@ -1522,7 +1523,7 @@ def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any, graded: bool =
     run = Run(args, tokenizer)
     run.verify = load_verifier(args.verifier, args.unsafe_code)
     run.evals = load_evals(args, to_row, tokenizer)
-    evals = [row for rows_of_set in run.evals.values() for row in rows_of_set]
+    evals = sum(run.evals.values(), [])
     check_gold([*rows, *evals] if graded else evals, args.verifier)
     check_ids([*rows, *evals], tokenizer, args.model)
     check_engine(args, run.world)
@@ -1570,23 +1571,19 @@ def claim_folder(run: Run, rows: list) -> str:
     work = ("checkpoints", "revisions.jsonl", "collected", "solution.json")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        holds_work = any((out / name).exists() for name in work)
         logged = any(row["step"] for row in read_jsonl(out / "metrics.jsonl"))
-        if not any((out / name).exists() for name in work) and (run.args.resume or not logged):
-            for name in ("metrics.jsonl", "samples.jsonl"):  # of a run killed before its first checkpoint
-                (out / name).unlink(missing_ok=True)
+        if (holds_work or logged) and not run.args.resume:
+            return f"--out {out} already holds a run; add --resume, delete it, or use another folder"
+        if not holds_work:
             file.write_text(json.dumps(config, indent=1))
-            return ""
+        before, now = json.loads(file.read_text()), json.loads(json.dumps(config))
     except OSError as error:
-        return f"--out {out}: cannot write there ({error.strerror})"
-    if not run.args.resume:
-        return f"--out {out} already holds a run; add --resume, delete it, or use another folder"
-    if not file.exists():
-        return f"--resume: {out} has no config.json; use another --out"
-    before, now = json.loads(file.read_text()), json.loads(json.dumps(config))
+        return f"--out {out}: {first_line(error)}; use another folder"
     for key, value in now["args"].items():
-        if key not in FREE_ON_RESUME and value != before["args"].get(key):
-            flag = f"--{key.replace('_', '-')}"
-            return f"--resume: {out} was started with {flag} {before['args'].get(key)}, not {value}"
+        was = before["args"].get(key)
+        if key not in FREE_ON_RESUME and value != was:
+            return f"--resume: {out} was started with --{key.replace('_', '-')} {was}, not {value}"
     if now["data"] != before["data"]:
         return f"--resume: the data or the chat template changed since {out} was started"
     return ""
@@ -1602,10 +1599,10 @@ def append_jsonl(path: Path, rows: list) -> None:
 
 
 def read_jsonl(path: Path) -> list:
-    """Lines end at \\n only; a last line that a kill or a full disk cut short is dropped."""
-    *lines, last = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    """Lines end at \\n only; a last one that a kill or full disk cut short, even in a letter, is dropped."""
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     rows = [json.loads(line) for line in lines]
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
         rows.append(json.loads(last))
     return rows
 
@@ -1629,15 +1626,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def tokens_read(samples: list, shares_prompts: bool) -> float:
-    """Tokens that `completion_states` reads of a micro-batch, with padding: the longer side's.
-
-    A token in an attempt's copy of its prompt's cache takes an eighth of the memory of one that is read.
-    """
+    """Tokens that `completion_states` reads of a micro-batch, with padding: the longer side's."""
     contexts = [getattr(s, "context", None) or [] for s in samples]  # read by the teacher
     sizes = []
     for prompts in ([s.prompt for s in samples], contexts):
-        distinct = len(set(map(tuple, prompts))) + len(prompts) / 8
-        sizes.append((distinct if shares_prompts else len(prompts)) * max(map(len, prompts)))
+        copies = len(prompts)
+        if shares_prompts:  # a token in a copy of a prompt's cache takes an eighth of the memory of one read
+            copies = len(set(map(tuple, prompts))) + len(prompts) / 8
+        sizes.append(copies * max(map(len, prompts)))
     return max(sizes) + len(samples) * max(len(s.y) for s in samples)
 
 
@@ -1651,14 +1647,13 @@ def micro_batches(run: Run, samples: list) -> list:
     by_prompt = sorted(samples, key=lambda s: (len(s.prompt), s.prompt, len(s.y)), reverse=True)
     by_length = sorted(samples, key=lambda s: (len(s.y), s.prompt), reverse=True)
     for order in (by_prompt, by_length):
-        plan = []
+        batches = []
         for sample in order:
-            if plan and tokens_read([*plan[-1], sample], shared) <= run.args.tokens_per_batch:
-                plan[-1].append(sample)
-            else:
-                plan.append([sample])
-        plans.append((sum(tokens_read(batch, shared) for batch in plan), plan))
-    batches = min(plans, key=lambda plan: plan[0])[1]
+            if not batches or tokens_read([*batches[-1], sample], shared) > run.args.tokens_per_batch:
+                batches.append([])
+            batches[-1].append(sample)
+        plans.append(batches)
+    batches = min(plans, key=lambda plan: sum(tokens_read(batch, shared) for batch in plan))
     most = max(run.gather([len(batches)]))
     return batches + [[]] * (most - len(batches))
 
@@ -1666,27 +1661,26 @@ def micro_batches(run: Run, samples: list) -> list:
 @torch.no_grad()
 def most_uncertain(run: Run, model: nn.Module, samples: list, share: float) -> list:
     """Samples with masks that keep the `share` of all ranks' loss tokens of highest entropy."""
-    scored, loss_tokens = [], []
+    scored = []
     for micro in micro_batches(run, samples):
         h_ND = completion_states(model, [(s.prompt, s.y) for s in micro])
-        _, entropy_N = token_logps(
-            h_ND, head_of(model), torch.tensor([token for s in micro for token in s.y], device=run.device)
-        )
-        entropies = iter(entropy_N.tolist())
-        scored += [(s, [next(entropies) for _ in s.y]) for s in micro]
-    for s, entropy in scored:
-        loss_tokens += [e for e, kept in zip(entropy, s.mask, strict=True) if kept]
-    loss_tokens = sorted(run.gather(loss_tokens), reverse=True)
-    least = loss_tokens[math.ceil(share * len(loss_tokens)) - 1] if loss_tokens else 0.0
-    masks = ([kept and e >= least for e, kept in zip(entropy, s.mask, strict=True)] for s, entropy in scored)
-    return [s._replace(mask=mask) for (s, _), mask in zip(scored, masks, strict=True)]
+        y_N = torch.tensor([token for s in micro for token in s.y], device=run.device)
+        _, entropy_N = token_logps(h_ND, head_of(model), y_N)
+        scored += zip(micro, entropy_N.split([len(s.y) for s in micro]), strict=True)
+    scored = [(s, torch.tensor(s.mask), entropy_T.cpu()) for s, entropy_T in scored]
+    entropies = run.gather([e for _, mask_T, entropy_T in scored for e in entropy_T[mask_T].tolist()])
+    kept = math.ceil(share * len(entropies))
+    least = sorted(entropies, reverse=True)[kept - 1] if entropies else 0.0
+    return [s._replace(mask=(mask_T & (entropy_T >= least)).tolist()) for s, mask_T, entropy_T in scored]
 
 
 class Totals:
     """Sums over the loss tokens of one step on this rank, from which the step's metrics are made."""
 
     def __init__(self):
-        self.sums, self.grad_norms, self.gaps = dict.fromkeys(("loss", "tokens", *STATS), 0.0), [], []
+        self.sums = dict.fromkeys(("loss", "tokens", *STATS), 0.0)
+        self.gaps = []  # |log-prob of the student - the sampler's| of each token
+        self.grad_norms = []  # of each optimiser step
 
     def add(self, loss: Tensor, stats: dict, weight_N: Tensor, drawn: list | None = None) -> None:
         """Adds a micro-batch. `drawn`: the sampler's log-probs of y, where it had the very same weights."""
@@ -1696,13 +1690,13 @@ class Totals:
         for name, values_N in stats.items():
             self.sums[name] += values_N[active_N].sum().item()
         if drawn is not None:
-            self.gaps += (
-                (stats["logp"] - torch.as_tensor(drawn, device=weight_N.device))[active_N].abs().tolist()
-            )
+            gap_N = stats["logp"] - torch.as_tensor(drawn, device=weight_N.device)
+            self.gaps += gap_N[active_N].abs().tolist()
 
     def metrics(self, run: Run) -> dict:
         """The step's metrics over all ranks; loss and gradient norm are means over optimiser steps."""
-        n, steps = run.sum(**self.sums, gap=sum(self.gaps), gaps=len(self.gaps)), max(len(self.grad_norms), 1)
+        n = run.sum(**self.sums, gap=sum(self.gaps), gaps=len(self.gaps))
+        steps = max(len(self.grad_norms), 1)
         tokens = max(n["tokens"], 1)
         return {
             "train/loss": n["loss"] / steps,
@@ -1720,10 +1714,15 @@ class Totals:
 
 def rollout_metrics(run: Run, rollouts: list) -> dict:
     """Tokens, mean length and cut-off share of the step's completions over all ranks."""
-    found = {f"rollout/{name}": value for name, value in lengths_of(run, rollouts).items()}
-    if found["rollout/cut_frac"] == 1:
+    tokens, cut = sum(len(y.ids) for y in rollouts), sum(not y.finished for y in rollouts)
+    n = run.sum(rollouts=len(rollouts), tokens=tokens, cut=cut)
+    if n["cut"] == n["rollouts"]:
         run.say("warning: every completion was cut off; raise --max-completion-tokens")
-    return {"train/tokens": run.sum(tokens=sum(len(y.ids) for y in rollouts))["tokens"], **found}
+    return {
+        "train/tokens": n["tokens"],
+        "rollout/length": n["tokens"] / n["rollouts"],
+        "rollout/cut_frac": n["cut"] / n["rollouts"],
+    }
 
 
 def learning_rate(step: int, args: Any, steps: int = 0) -> float:
@@ -1740,8 +1739,9 @@ MAX_GRAD_NORM = 1.0  # of every paper that names one
 def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
     """AdamW on this rank's trained shards. Its moments exist from the start, so that checkpoints can load."""
     params = [p for p in parameters_of(model).values() if p.requires_grad]
-    settings = dict(lr=args.lr, betas=args.adam_betas, weight_decay=args.weight_decay, eps=1e-8, fused=True)
-    optimizer = torch.optim.AdamW(params, **settings)
+    optimizer = torch.optim.AdamW(
+        params, args.lr, args.adam_betas, weight_decay=args.weight_decay, fused=True
+    )
     for p in params:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device)}
         optimizer.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -1749,24 +1749,23 @@ def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
 
 
 def optimizer_step(run: Run, lr: float) -> float:
-    """Clips the gradient, which FSDP has added up over ranks, and steps; returns the norm before clipping.
-
-    A gradient that is not finite skips the update; five in a row end the run.
-    """
+    """Steps with the clipped gradient, summed over ranks by FSDP, if it is finite; returns its norm."""
     params = run.optimizer.param_groups[0]["params"]
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     norm = nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    run.skipped_in_a_row = 0 if math.isfinite(norm) else run.skipped_in_a_row + 1
-    run.state["skipped"] += not math.isfinite(norm)
-    if run.skipped_in_a_row == 5:
-        raise RunError("five gradients in a row were not finite; lower --lr, or look at samples.jsonl")
     if math.isfinite(norm):
+        run.skipped_in_a_row = 0
         run.optimizer.param_groups[0]["lr"] = lr
         run.optimizer.step()
         # Fused AdamW does not count its writes, by which vLLM's sync sees what has moved.
         torch.autograd.graph.increment_version(params)
+    else:
+        run.skipped_in_a_row += 1
+        run.state["skipped"] += 1
+    if run.skipped_in_a_row == 5:
+        raise RunError("five gradients in a row were not finite; lower --lr, or look at samples.jsonl")
     run.optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -1776,12 +1775,11 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # single-pro
 
 def checkpoint_tensors(run: Run) -> dict:
     """All tensors that the next step depends on: this rank's shards, readable by any number of processes."""
-    trained = {name: p for name, p in parameters_of(run.student).items() if p.requires_grad}
-    tensors = {f"student/{name}": p for name, p in trained.items()}
-    for name, p in (run.teacher.weights()[0] if run.teacher else {}).items():
-        tensors[f"teacher/{name}"] = p
-    for name, p in trained.items():
-        tensors |= {f"optimizer/{name}/{key}": value for key, value in run.optimizer.state[p].items()}
+    tensors = {f"teacher/{name}": p for name, p in (run.teacher.weights()[0] if run.teacher else {}).items()}
+    for name, p in parameters_of(run.student).items():
+        if p.requires_grad:
+            tensors[f"student/{name}"] = p
+            tensors |= {f"optimizer/{name}/{key}": value for key, value in run.optimizer.state[p].items()}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -1801,22 +1799,23 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 
 def load_checkpoint(run: Run) -> int:
-    """The steps done by the newest checkpoint, which --resume loads; 0 without one."""
-    newest = sorted((run.out / "checkpoints").glob("step-*"))[-1:]
-    if not newest:
-        return 0
-    try:
-        dcp.load(checkpoint_tensors(run), checkpoint_id=newest[0], no_dist=run.world == 1)
-    except dcp.CheckpointException as error:
-        raise RunError(f"{newest[0]} cannot be read ({first_line(error)}); delete it") from error
-    run.state = json.loads((newest[0] / "state.json").read_text())
-    step = run.state.pop("step")
-    for name in ("metrics.jsonl", "samples.jsonl") if run.main else ():  # later lines will be written again
-        kept = [row for row in read_jsonl(run.out / name) if row["step"] <= step]
-        (run.out / name).unlink(missing_ok=True)
-        append_jsonl(run.out / name, kept)
-    run.say(f"resumed after step {step} from {newest[0]}")
-    return step
+    """Loads the newest checkpoint; returns the steps done, 0 without one. Later lines leave the logs."""
+    newest, done = max((run.out / "checkpoints").glob("step-*"), default=None), -1
+    if newest:
+        try:
+            dcp.load(checkpoint_tensors(run), checkpoint_id=newest, no_dist=run.world == 1)
+        except dcp.CheckpointException as error:
+            raise RunError(f"{newest} cannot be read ({first_line(error)}); delete it") from error
+        run.state = json.loads((newest / "state.json").read_text())
+        done = run.state.pop("step")
+        run.say(f"resumed after step {done} from {newest}")
+    for name in ("metrics.jsonl", "samples.jsonl") if run.main else ():
+        log, aside = run.out / name, run.out / f".{name}"
+        if log.exists():
+            aside.unlink(missing_ok=True)
+            append_jsonl(aside, [row for row in read_jsonl(log) if row["step"] <= done])
+            aside.replace(log)
+    return max(done, 0)
 
 
 def load_evals(args: Any, convert: Any, tokenizer: Any) -> dict:
@@ -1827,78 +1826,73 @@ def load_evals(args: Any, convert: Any, tokenizer: Any) -> dict:
         for row in rows:
             with naming_row(row["where"], row):
                 row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], row, args)
-            if len(row["prompt_ids"]) > args.max_prompt_tokens:
-                length = f"{len(row['prompt_ids'])} tokens"
-                raise InputError(f"{row['where']}: {length}; raise --max-prompt-tokens")
-        name = re.split("[/:]", source.rstrip("/"))[-1].rsplit(".", 1)[0]
+                if len(row["prompt_ids"]) > args.max_prompt_tokens:
+                    raise ValueError(f"{len(row['prompt_ids'])} tokens; raise --max-prompt-tokens")
+        name = Path(source.replace(":", "/")).stem
         evals[source if name in evals else name] = rows
     return evals
 
 
 def evaluate(run: Run, sampler: Sampler, model: nn.Module, step: int, how: Sampling) -> dict:
-    """avg@n, pass@n and standard error over the prompts of each evaluation set; saves best/ by the first set.
-
-    Prompts and random numbers are the same at every evaluation, on any number of processes.
-    """
-    metrics, said, n, scores = {}, [], run.args.eval_samples, run.state["scores"]
+    """avg@n, pass@n and standard error over the prompts of each evaluation set; the first decides best/."""
+    metrics, said, avg = {}, [], f"avg@{run.args.eval_samples}"
     with run.timer("eval"):
         for place, name in enumerate(run.evals):
             found = evaluate_set(run, sampler, model, step, how, place)
             metrics |= {f"eval/{name}/{key}" if place else f"eval/{key}": x for key, x in found.items()}
-            said.append(f"{name} {found[f'avg@{n}']:.3f} ± {found['se']:.3f}")
+            said.append(f"{name} {found[avg]:.3f} ± {found['se']:.3f}")
     if not said:
         return {}
     run.say(f"step {step}: {', '.join(said)}")
-    now = {"step": step, "avg": metrics[f"eval/avg@{n}"], "se": metrics["eval/se"]}
-    scores["last"] = now
-    best = scores.get("best", scores.setdefault("base", now))
-    if now["avg"] > best["avg"]:
-        scores["best"] = now
-        save_folder(run, model, "best", model_card(run, now, f"Best {next(iter(run.evals))}: {now}"))
+    scores = run.state["scores"]
+    scores["last"] = {"step": step, "avg": metrics[f"eval/{avg}"], "se": metrics["eval/se"]}
+    scores.setdefault("base", scores["last"])
+    if scores["last"]["avg"] > scores.setdefault("best", scores["base"])["avg"]:
+        scores["best"] = scores["last"]
+        card = model_card(run, scores["best"], f"Best {next(iter(run.evals))}: {scores['best']}")
+        save_folder(run, model, "best", card)
     return metrics
 
 
 def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: Sampling, place: int) -> dict:
-    """One set over all ranks; its first four completions go to samples.jsonl."""
+    """One set over all ranks, drawn alike at every step; its first four completions go to samples.jsonl."""
     n, (name, rows) = run.args.eval_samples, list(run.evals.items())[place]
     asked = repeat(run.share(rows), n)
     prompts, keys = [row["prompt_ids"] for row in asked], [row["rollout_key"] for row in asked]
     answers = sampler(model, prompts, keys, (EVAL_STREAM, place), how)
     rewards = [reward for reward, _ in run.grade(asked, answers)]
-    groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
-    means, solved = [sum(group) / n for group in groups], sum(max(group) >= run.success for group in groups)
-    t = run.sum(rows=len(groups), mean=sum(means), squares=sum(m * m for m in means), solved=solved)
     if run.main:
-        samples = []
-        for row, y, reward in list(zip(asked, answers, rewards, strict=True))[: 4 * n : n]:
-            sample = {"step": step, "set": name, "where": row["where"], "completion": run.text(y)}
-            samples.append({**sample, "prompt": run.tokenizer.decode(row["prompt_ids"]), "reward": reward})
-        append_jsonl(run.out / "samples.jsonl", samples)
+        columns = ["step", "set", "where", "completion", "prompt", "reward"]
+        samples = [
+            [step, name, row["where"], run.text(y), run.tokenizer.decode(row["prompt_ids"]), reward]
+            for row, y, reward in list(zip(asked, answers, rewards, strict=True))[: 4 * n : n]
+        ]
+        append_jsonl(run.out / "samples.jsonl", [dict(zip(columns, s, strict=True)) for s in samples])
         if run.wandb:
-            columns, lines = list(samples[0]), [list(sample.values()) for sample in samples]
-            run.wandb.log({f"samples/{name}": sys.modules["wandb"].Table(columns, lines)}, step=step)
-    P, mean = t["rows"], t["mean"] / t["rows"]
-    error = math.sqrt(max(t["squares"] / P - mean**2, 0) / max(P - 1, 1))
-    found = {f"avg@{n}": mean, "se": error, **lengths_of(run, answers)}
-    return found | ({f"pass@{n}": t["solved"] / P} if n > 1 else {})
-
-
-def lengths_of(run: Run, rollouts: list) -> dict:
-    """Mean length and cut-off share over all ranks."""
-    tokens, cut = sum(len(y.ids) for y in rollouts), sum(not y.finished for y in rollouts)
-    n = run.sum(rollouts=len(rollouts), tokens=tokens, cut=cut)
-    return {"length": n["tokens"] / max(n["rollouts"], 1), "cut_frac": n["cut"] / max(n["rollouts"], 1)}
+            run.wandb.log({f"samples/{name}": sys.modules["wandb"].Table(columns, samples)}, step=step)
+    found = [(reward, len(y.ids), y.finished) for reward, y in zip(rewards, answers, strict=True)]
+    rewards, lengths, finished = zip(*run.gather(found), strict=True)
+    groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
+    means = [sum(group) / n for group in groups]
+    P, mean = len(means), sum(means) / len(means)
+    variance = max(sum(m * m for m in means) / P - mean**2, 0)
+    metrics = {
+        f"avg@{n}": mean,
+        "se": math.sqrt(variance / max(P - 1, 1)),
+        "length": sum(lengths) / len(lengths),
+        "cut_frac": finished.count(False) / len(finished),
+    }
+    if n > 1:
+        metrics[f"pass@{n}"] = sum(max(group) >= run.success for group in groups) / P
+    return metrics
 
 
 def explain(run: Run, prompts: dict, y: list, stats: dict) -> None:
-    """Prints one sample in full: what each side reads, then y token by token with statistics.
-
-    `stats` are those of a micro-batch whose first sample this is.
-    """
+    """Prints the first sample of a micro-batch: what each side reads, then y token by token with `stats`."""
     lines = [f"--- {name}\n{run.tokenizer.decode(ids)}" for name, ids in prompts.items() if ids]
     names = [name for name in ("logp", "teacher_logp", "divergence") if name in stats]
     shown = {name: stats[name][: len(y)].tolist() for name in names}
-    lines.append(f"--- its tokens\n{'':>18}" + "".join(f"{name:>14}" for name in shown))
+    lines.append(f"--- its tokens\n{'':>18}" + "".join(f"{name:>14}" for name in names))
     bars = shown.get("divergence", [0.0] * len(y))
     for t, token in enumerate(y):
         numbers = "".join(f"{values[t]:14.4f}" for values in shown.values())
@@ -1912,9 +1906,9 @@ def save_results(run: Run, model: nn.Module) -> None:
     run.bar.close()
     scores, line = run.state["scores"], f"{run.out.name}: nothing was evaluated (no --eval-data)"
     if scores:
-        best = scores.get("best", scores["base"])
-        base, top, last = (f"{s['avg']:.3f} ± {s['se']:.3f}" for s in (scores["base"], best, scores["last"]))
-        line = f"{run.out.name}: {base} → best {top} (step {best['step']}), last {last}"
+        shown = {name: f"{score['avg']:.3f} ± {score['se']:.3f}" for name, score in scores.items()}
+        best = f"{shown['best']} (step {scores['best']['step']})"
+        line = f"{run.out.name}: {shown['base']} → best {best}, last {shown['last']}"
     card = f"""# {run.out.name}
 
 {line}
@@ -1927,8 +1921,6 @@ def save_results(run: Run, model: nn.Module) -> None:
 - peak memory: {peak_memory(run.device) / 2**30:.2f} GiB
 """
     save_folder(run, model, "last", model_card(run, scores.get("last"), card))
-    if run.wandb:
-        run.wandb.summary.update({f"{name}/avg": score["avg"] for name, score in scores.items()})
     if run.main:
         (run.out / "run_card.md").write_text(card)
         draw_curves(run.out)
@@ -1940,8 +1932,10 @@ def model_card(run: Run, score: dict | None, text: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     card = ModelCardData(library_name="transformers", pipeline_tag="text-generation", model_name=run.out.name)
-    card.base_model, data = hub_id(run.args.model), hub_id(run.args.data)
-    card.datasets, card.tags = data and [data], ["self-distillation", Path(sys.argv[0]).stem]
+    data = hub_id(run.args.data)
+    card.base_model = hub_id(run.args.model)
+    card.datasets = data and [data]
+    card.tags = ["self-distillation", Path(sys.argv[0]).stem]
     if score:
         name, source = next(iter(run.evals)), hub_id(run.args.eval_data[0])
         result = EvalResult("text-generation", source or name, name, "accuracy", score["avg"])
@@ -1956,44 +1950,33 @@ def hub_id(source: str) -> str | None:
     return None if local else re.split("[:@#]", source)[0]
 
 
+CURVES = "eval.*/avg@ train/loss distill/divergence$ rollout/reward|teacher/accuracy rollout/length".split()
+
+
 def draw_curves(out: Path) -> None:
     """curves.png from metrics.jsonl: evaluation, loss, divergence, reward and length over steps."""
-    import matplotlib
     import pandas
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     table = pandas.DataFrame(read_jsonl(out / "metrics.jsonl")).set_index("step")
-    parts = (
-        "eval.*/avg@",
-        "train/loss",
-        "distill/divergence$",
-        "rollout/reward|teacher/accuracy",
-        "rollout/length",
-    )
-    panels = [table.filter(regex=f"^({part})") for part in parts]
+    panels = [table.filter(regex=f"^({names})") for names in CURVES]
     panels = [panel for panel in panels if len(panel.columns)]
-    if not panels:
-        return
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="tight")
+    for place, panel in enumerate(panels, 1):
+        axis = figure.add_subplot(1, len(panels), place, xlabel="step")
         for name in panel:
-            panel[name].dropna().plot(ax=axis, marker=".", label=name)
+            axis.plot(panel[name].dropna(), marker=".", label=name)
         axis.legend(fontsize=7, frameon=False)
-    figure.tight_layout()
-    figure.savefig(out / "curves.png", dpi=150)
-    pyplot.close(figure)
+    if panels:
+        figure.savefig(out / "curves.png", dpi=150)
 
 
 # SD-Zero's phrases P_r after a right and after a wrong answer; qwen and olmo are those of the authors' code.
+REPHRASE = "Let me rephrase the above solution."
 PHRASES = {
-    "paper": (
-        "Let me rephrase the above solution.",
-        "Wait, this response is not correct, let me start over.",
-    ),
-    "qwen": ("Let me rephrase the above solution.", "Wait, this response is wrong. Let me correct it."),
-    "olmo": ("Let me rephrase the above solution.", "Wrong. I need to redo all."),
+    "paper": (REPHRASE, "Wait, this response is not correct, let me start over."),
+    "qwen": (REPHRASE, "Wait, this response is wrong. Let me correct it."),
+    "olmo": (REPHRASE, "Wrong. I need to redo all."),
 }
 
 
@@ -2020,24 +2003,23 @@ def revise(run: Run, sampler: Sampler, model: nn.Module, how: Sampling, reviser:
     if not run.evals:
         return {}
     rows = run.share(next(iter(run.evals.values())))
-    prompts, keys = [row["prompt_ids"] for row in rows], [(row["id"], 0) for row in rows]
+    prompts, keys, found = [row["prompt_ids"] for row in rows], [(row["id"], 0) for row in rows], []
     with run.timer("eval"):
-        first = sampler(model, prompts, keys, (EVAL_STREAM, 1, 0), how)
-        right = [reward >= SOLVED for reward, _ in run.grade(rows, first)]
-        phrases = [reviser.phrase_ids(run.tokenizer, r) for r in right]
-        prompts = [x + y.without_eos() + phrase for x, y, phrase in zip(prompts, first, phrases, strict=True)]
-        second = sampler(model, prompts, keys, (EVAL_STREAM, 1, 1), how)
-        revised = [reward >= SOLVED for reward, _ in run.grade(rows, second)]
+        for turn in (0, 1):
+            answers = sampler(model, prompts, keys, (EVAL_STREAM, 1, turn), how)
+            solved = [reward >= SOLVED for reward, _ in run.grade(rows, answers)]
+            phrases = [reviser.phrase_ids(run.tokenizer, right) for right in solved]
+            prompts = [x + y.without_eos() + p for x, y, p in zip(prompts, answers, phrases, strict=True)]
+            found += [solved, [len(y.ids) for y in answers]]
+    right, lengths, revised, revised_lengths = map(run.gather, found)
     kept = sum(a and b for a, b in zip(right, revised, strict=True))
-    lengths = dict(first=sum(len(y.ids) for y in first), second=sum(len(y.ids) for y in second))
-    n = run.sum(rows=len(rows), right=sum(right), revised=sum(revised), kept=kept, **lengths)
     return {
-        "revise/first": n["right"] / n["rows"],
-        "revise/revised": n["revised"] / n["rows"],
-        "revise/wrong_to_right": (n["revised"] - n["kept"]) / max(n["rows"] - n["right"], 1),
-        "revise/right_to_right": n["kept"] / max(n["right"], 1),
-        "revise/first_length": n["first"] / n["rows"],
-        "revise/length": n["second"] / n["rows"],
+        "revise/first": sum(right) / len(right),
+        "revise/revised": sum(revised) / len(right),
+        "revise/wrong_to_right": (sum(revised) - kept) / max(right.count(False), 1),
+        "revise/right_to_right": kept / max(sum(right), 1),
+        "revise/first_length": sum(lengths) / len(right),
+        "revise/length": sum(revised_lengths) / len(right),
     }
 
 

@@ -22,44 +22,19 @@ from types import SimpleNamespace
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-import toy  # noqa: E402
+from conftest import make_model, toy  # noqa: E402
 
 from common import TRAIN_STREAM, Run, Sampler, Sampling, VllmSampler, check_engine, load_model  # noqa: E402
 
-CASES = {
-    "tiny": dict(
-        num_hidden_layers=4,
-        hidden_size=128,
-        intermediate_size=512,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=128,
-    ),
-    "small": dict(
-        num_hidden_layers=6,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=32768,
-    ),
-}
+CASES = {"tiny": (4, 128, 128), "small": (6, 256, 32768)}  # layers, width, vocabulary
 N, PROMPT, T = 64, 16, 256
 
 
-def make_run(engine):
-    args = dict(out="/nowhere", seed=0, dtype="auto", sample_batch=N, activation_checkpointing=False)
-    args |= dict(engine=engine, engine_cache_gib=0.5, engine_tensor_parallel=1)
-    return Run(SimpleNamespace(**args), toy.make_tokenizer())
-
-
 def make(folder, case, run):
-    import transformers
-
-    torch.manual_seed(0)
-    shape = dict(head_dim=32, max_position_embeddings=512, tie_word_embeddings=False, **CASES[case])
-    config = transformers.Qwen3Config(eos_token_id=None, bos_token_id=None, **shape)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    layers, width, vocabulary = CASES[case]
+    heads = dict(num_attention_heads=width // 32, num_key_value_heads=width // 32, head_dim=32)
+    shape = dict(num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, vocab_size=vocabulary)
+    make_model(folder, **shape, **heads, eos_token_id=None, pad_token_id=None, initializer_range=0.02)
     return load_model(str(folder), run)
 
 
@@ -71,9 +46,8 @@ def generate(model, prompts, eos):
     ids = torch.tensor(prompts)
     with torch.inference_mode():
         y_BT = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    y_BT = y_BT[:, PROMPT:].tolist()
     ends = set(eos)
-    return [next((t + 1 for t, i in enumerate(y) if i in ends), T) for y in y_BT]
+    return [next((t + 1 for t, i in enumerate(y) if i in ends), T) for y in y_BT[:, PROMPT:].tolist()]
 
 
 def sampled(sampler, model, prompts, eos):
@@ -83,9 +57,8 @@ def sampled(sampler, model, prompts, eos):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
     known = ["generate", "ours", "vllm"]
     installed = known if importlib.util.find_spec("vllm") else known[:2]
@@ -94,14 +67,16 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    run = make_run("vllm" if "vllm" in args.methods else "transformers")
+    flags = dict(out="/nowhere", seed=0, dtype="auto", sample_batch=N, activation_checkpointing=False)
+    flags |= dict(engine_cache_gib=0.5, engine_tensor_parallel=1)
+    flags["engine"] = "vllm" if "vllm" in args.methods else "transformers"
+    run = Run(SimpleNamespace(**flags), toy.make_tokenizer())
     check_engine(run.args, 1)
     print(f"| tokens/s, {args.threads} thread(s) | " + " | ".join(args.methods) + " |")
     print("|" + "---|" * (1 + len(args.methods)))
     for case in args.case:
         with tempfile.TemporaryDirectory() as folder:
-            model, V = make(Path(folder) / "model", case, run), CASES[case]["vocab_size"]
+            model, V = make(Path(folder) / "model", case, run), CASES[case][-1]
             samplers = {"ours": Sampler(run, model)}
             if "vllm" in args.methods:
                 samplers["vllm"] = VllmSampler(run, model)

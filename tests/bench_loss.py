@@ -14,33 +14,29 @@ TRL (1.16) and Liger are optional: pip install --no-deps trl accelerate liger-ke
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.utils.checkpoint
+from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+from bench_trl import fresh, jsd, resident  # noqa: E402
+
 from common import Head, Objective, distill_loss  # noqa: E402
 
-CASES = {
-    "laptop": (1024, 512, 32768),
-    "small": (4096, 512, 32768),
-    "large": (2048, 1024, 151936),
-    "qwen3_8b": (16384, 4096, 151936),
-}  # T tokens, D hidden, V vocabulary
+# T tokens, D hidden, V vocabulary
+CASES = {"laptop": (1024, 512, 32768), "small": (4096, 512, 32768)}
+CASES |= {"large": (2048, 1024, 151936), "qwen3_8b": (16384, 4096, 151936)}
 
 
 @torch.no_grad()
 def floor(h, W, h_t, W_t, args):
     h, W, d_w = h.detach(), W.detach(), torch.zeros_like(W)
     z, d_h = h.new_empty(args.chunk, len(W)), torch.empty_like(h)
-    for at in torch.arange(len(h), device=h.device).split(args.chunk):
-        at = slice(at[0].item(), at[-1].item() + 1)
+    for first in range(0, len(h), args.chunk):
+        at = slice(first, min(first + args.chunk, len(h)))
         rows = z[: at.stop - at.start]
         torch.mm(h_t[at], W_t.t(), out=rows)
         torch.mm(h[at], W.t(), out=rows)
@@ -48,25 +44,25 @@ def floor(h, W, h_t, W_t, args):
         d_w.addmm_(rows.t(), h[at])
 
 
-def ours(h, W, h_t, W_t, args):
+def ours(h, W, h_t, W_t, args, support="full"):
     zeros, ones = torch.zeros(len(h), dtype=torch.long, device=h.device), torch.ones(len(h), device=h.device)
-    objective = Objective("jsd", chunk=args.chunk)
+    objective = Objective("jsd", support, topk=100, chunk=args.chunk)
     return distill_loss(h, Head(W), [(1.0, h_t, Head(W_t))], zeros, ones, objective)[0]
+
+
+def ours_top100(*inputs):
+    return ours(*inputs, support="student_topk")
 
 
 def naive(h, W, h_t, W_t, args):
     with torch.no_grad():
         log_q = (h_t @ W_t.t()).float().log_softmax(-1)
-    return plain_jsd((h @ W.t()).float().log_softmax(-1), log_q)
+    return jsd((h @ W.t()).float().log_softmax(-1), log_q).sum()
 
 
 def checkpointed(h, W, h_t, W_t, args):
-    return sum(
-        torch.utils.checkpoint.checkpoint(
-            naive, h[i : i + args.chunk], W, h_t[i : i + args.chunk], W_t, args, use_reentrant=False
-        )
-        for i in range(0, len(h), args.chunk)
-    )
+    parts = zip(h.split(args.chunk), h_t.split(args.chunk), strict=True)
+    return sum(checkpoint(naive, x, W, x_t, W_t, args, use_reentrant=False) for x, x_t in parts)
 
 
 def trl_full(h, W, h_t, W_t, args):
@@ -82,45 +78,28 @@ def trl_top100(h, W, h_t, W_t, args):
 
     with torch.no_grad():
         t = h_t @ W_t.t()
-    return compute_topk_self_distillation_loss(
-        h @ W.t(), t, distillation_topk=100, distillation_alpha=0.5, distillation_add_tail=True
-    ).sum()
-
-
-def ours_top100(h, W, h_t, W_t, args):
-    zeros, ones = torch.zeros(len(h), dtype=torch.long, device=h.device), torch.ones(len(h), device=h.device)
-    objective = Objective("jsd", "student_topk", topk=100, chunk=args.chunk)
-    return distill_loss(h, Head(W), [(1.0, h_t, Head(W_t))], zeros, ones, objective)[0]
+    how = dict(distillation_topk=100, distillation_alpha=0.5, distillation_add_tail=True)
+    return compute_topk_self_distillation_loss(h @ W.t(), t, **how).sum()
 
 
 def trl_chunked(h, W, h_t, W_t, args):
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    return _chunked_divergence_loss(
-        h[None], h_t[None], W, W_t, torch.ones(1, len(h), device=h.device), beta=0.5, num_items_in_batch=1
-    )[0]
+    ones = torch.ones(1, len(h), device=h.device)
+    return _chunked_divergence_loss(h[None], h_t[None], W, W_t, ones, beta=0.5, num_items_in_batch=1)[0]
 
 
 def liger(h, W, h_t, W_t, args):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False, chunk_size=args.chunk
-    )
+    how = dict(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False, chunk_size=args.chunk)
     labels = torch.zeros(len(h), dtype=torch.long, device=h.device)
-    return loss(h, W, h_t, W_t, labels) * len(h)  # it divides by the number of tokens
+    return LigerFusedLinearJSDLoss(**how)(h, W, h_t, W_t, labels) * len(h)  # it divides by the tokens
 
 
-METHODS = {
-    f.__name__: f
-    for f in (floor, ours, ours_top100, naive, checkpointed, trl_full, trl_top100, trl_chunked, liger)
-}
+METHODS = (floor, ours, ours_top100, naive, checkpointed, trl_full, trl_top100, trl_chunked, liger)
+METHODS = {method.__name__: method for method in METHODS}
 INEXACT = {"ours_top100", "trl_top100"}
-
-
-def plain_jsd(log_p, log_q):
-    log_m = ((log_p.exp() + log_q.exp()) / 2).log()
-    return sum((log_a.exp() * (log_a - log_m)).sum() for log_a in (log_p, log_q)) / 2
 
 
 def tensors(args, T, divergence=1e-2):
@@ -130,8 +109,8 @@ def tensors(args, T, divergence=1e-2):
     h, W, noise = (torch.randn(n, D, generator=g, device=args.device) for n in (T, V, T))
     W *= 2 / D**0.5
     near = (h[:32], h[:32] + 0.05 * noise[:32])
-    jsd = plain_jsd(*((x @ W.t()).log_softmax(-1) for x in near)).item() / min(T, 32)
-    h_t = h + 0.05 * (divergence / jsd) ** 0.5 * noise
+    mean = jsd(*((x @ W.t()).log_softmax(-1) for x in near)).mean().item()
+    h_t = h + 0.05 * (divergence / mean) ** 0.5 * noise
     dtype = getattr(torch, args.dtype)
     return h.to(dtype).requires_grad_(), W.to(dtype).requires_grad_(), h_t.to(dtype), W.to(dtype)
 
@@ -146,17 +125,16 @@ def run(method, inputs, args):
         torch.cuda.synchronize()
 
 
-def measure_time(methods, args):
+def measure_time(args, methods):
     inputs, best = tensors(args, CASES[args.case][0]), dict.fromkeys(methods, float("inf"))
-    for _ in range(args.rounds):
-        for method in methods:
-            start = time.perf_counter()
-            run(method, inputs, args)
-            best[method] = min(best[method], time.perf_counter() - start)
+    for method in methods * args.rounds:
+        start = time.perf_counter()
+        run(method, inputs, args)
+        best[method] = min(best[method], time.perf_counter() - start)
     return best
 
 
-def measure_memory(method, args, T):
+def measure_memory(args, method, T):
     inputs = tensors(args, T)
     first = [x[:128].detach().clone().requires_grad_(x.requires_grad) for x in inputs]
     run(method, first, args)  # imports, buffers of a first call
@@ -171,57 +149,19 @@ def measure_memory(method, args, T):
     return (resident("VmHWM") - before) / 2**10
 
 
-def resident(key):
-    """KiB of this process, now (VmRSS) or at its peak (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
-def measure_error(methods, args, divergence):
-    inputs = tensors(args, 128, divergence)
-    h, W, h_t, W_t = (x.detach().double() for x in inputs)
-    h.requires_grad_()
-    W.requires_grad_()
-    naive_64 = plain_jsd((h @ W.t()).log_softmax(-1), (h_t @ W_t.t()).log_softmax(-1))
-    naive_64.backward()
-    errors = {}
+def measure_error(args, methods, divergence):
+    inputs, errors = tensors(args, 128, divergence), {}
+    h, W, h_t, W_t = (x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
+    jsd((h @ W.t()).log_softmax(-1), (h_t @ W_t.t()).log_softmax(-1)).sum().backward()
     for method in methods:
         run(method, inputs, args)
         if inputs[0].grad is not None:
-            errors[method] = max(
-                ((x.grad.double() - ref.grad).norm() / ref.grad.norm()).item()
-                for x, ref in zip(inputs, (h, W), strict=False)
-            )
+            pairs = ((inputs[0].grad, h.grad), (inputs[1].grad, W.grad))
+            errors[method] = max(((x.double() - exact).norm() / exact.norm()).item() for x, exact in pairs)
     return errors
 
 
-def fresh(args, *task):
-    """The same script in a process of its own; its last line is the answer."""
-    command = [
-        sys.executable,
-        __file__,
-        "--case",
-        args.case,
-        "--dtype",
-        args.dtype,
-        "--device",
-        args.device,
-        "--chunk",
-        str(args.chunk),
-        "--rounds",
-        str(args.rounds),
-        "--task",
-        json.dumps(task),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"{task}: {result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def available(method):
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     try:
         if method.startswith("trl"):
             import trl.experimental.sdpo.loss_utils  # noqa: E401, F401
@@ -234,71 +174,51 @@ def available(method):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--case", choices=CASES, default="laptop", help="T tokens, D hidden, V vocabulary: %s" % CASES
-    )
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "checkpointed"]
-    )
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of hidden states and heads"
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    shapes = f"T tokens, D hidden, V vocabulary: {CASES}"
+    parser.add_argument("--case", choices=CASES, default="laptop", help=shapes)
+    usual = [method for method in METHODS if method != "checkpointed"]
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=usual)
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of hidden states and heads")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--chunk", type=int, default=512, help="tokens at a time, of every method that has chunks"
-    )
+    parser.add_argument("--chunk", type=int, default=512, help="tokens at a time, where a method has chunks")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        name, *rest = json.loads(args.task)
-        answer = {"time": measure_time, "memory": measure_memory, "error": measure_error}[name]
-        print(json.dumps(answer(rest[0], args, *rest[1:])))
+        settings, name, *rest = json.loads(args.task)
+        measure = {"time": measure_time, "memory": measure_memory, "error": measure_error}[name]
+        print(json.dumps(measure(argparse.Namespace(**settings), *rest)))
         return
+
+    def ask(*task):
+        return fresh(__file__, [vars(args), *task], args.threads)
 
     T, D, V = CASES[args.case]
     methods = list(dict.fromkeys(["floor"] + [m for m in args.methods if available(m)]))
-    seconds = fresh(args, "time", methods)
-    memory = {m: fresh(args, "memory", m, T) for m in methods}
-    errors = {d: fresh(args, "error", methods, d) for d in (1e-2, 1e-4)} if args.case != "qwen3_8b" else {}
-    gradients = (T * D + V * D) * getattr(torch, args.dtype).itemsize / 2**20
-    print(f"\n{args.case}: T={T} D={D} V={V} {args.dtype} on {args.device}, dX + dW = {gradients:.0f} MiB")
+    seconds = ask("time", methods)
+    memory = {m: ask("memory", m, T) for m in methods}
+    errors = {d: ask("error", methods, d) for d in (1e-2, 1e-4)} if args.case != "qwen3_8b" else {}
     bytes_each = getattr(torch, args.dtype).itemsize
-    print(
-        f"{'':14}{'s':>8}{'x floor':>9}{'MiB':>8}{'beyond':>8}"
-        + "".join(f"{f'err {d:.0e}':>12}" for d in errors)
-    )
+    gradients = (T * D + V * D) * bytes_each / 2**20
+    print(f"\n{args.case}: T={T} D={D} V={V} {args.dtype} on {args.device}, dX + dW = {gradients:.0f} MiB")
+    heads = "".join(f"{f'err {d:.0e}':>12}" for d in errors)
+    print(f"{'':14}{'s':>8}{'x floor':>9}{'MiB':>8}{'beyond':>8}{heads}")
     rows = []
     for m in methods:
-        row = {
-            "method": m,
-            "s": round(seconds[m], 3),
-            "x_floor": round(seconds[m] / seconds["floor"], 3),
-            "mib": round(memory[m]),
-            "mib_beyond_gradients": round(memory[m] - gradients),
-        }
-        row |= {f"err_{d:.0e}": e.get(m) for d, e in errors.items()}
-        rows.append(row)
+        row = {"method": m, "s": round(seconds[m], 3), "x_floor": round(seconds[m] / seconds["floor"], 3)}
+        row |= {"mib": round(memory[m]), "mib_beyond_gradients": round(memory[m] - gradients)}
+        rows.append(row | {f"err_{d:.0e}": e.get(m) for d, e in errors.items()})
         text = ["" if m == "floor" else "inexact" if m in INEXACT else f"{e[m]:.1e}" for e in errors.values()]
-        print(
-            f"{m:14}{row['s']:8.2f}{row['x_floor']:9.2f}{row['mib']:8}{row['mib_beyond_gradients']:8}"
-            + "".join(f"{x:>12}" for x in text)
-        )
-    result = {
-        "case": args.case,
-        "T": T,
-        "D": D,
-        "V": V,
-        "dtype": args.dtype,
-        "device": args.device,
-        "rows": rows,
-    }
+        cells = f"{row['s']:8.2f}{row['x_floor']:9.2f}{row['mib']:8}{row['mib_beyond_gradients']:8}"
+        print(f"{m:14}{cells}" + "".join(f"{x:>12}" for x in text))
+    result = {"case": args.case, "T": T, "D": D, "V": V}
+    result |= {"dtype": args.dtype, "device": args.device, "rows": rows}
     if "ours" in methods:
-        result["ours_mib_at_2T"] = round(fresh(args, "memory", "ours", 2 * T))
+        result["ours_mib_at_2T"] = round(ask("memory", "ours", 2 * T))
         d_x = 2 * T * D * bytes_each / 2**20
         print(f"ours at T = {2 * T}: {result['ours_mib_at_2T']} MiB, of which dX {d_x:.0f}")
     print(json.dumps(result))

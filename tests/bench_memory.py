@@ -4,7 +4,6 @@ python tests/bench_memory.py              # the table: Qwen3 shapes, an SDPO ste
 python tests/bench_memory.py --measure    # one SDFT step of a 100M model on this CPU, one process and two
 """
 
-import dataclasses
 import math
 import sys
 import tempfile
@@ -21,11 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from conftest import flags_of, launch, make_model, metrics_of
 
-QWEN3 = {
-    "0.6B": (1024, 3072, 28, 16, True),
-    "1.7B": (2048, 6144, 28, 16, True),
-    "8B": (4096, 12288, 36, 32, False),
-}
+QWEN3 = {"0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True), "8B": (4096, 12288, 36, 32, False)}
 FP32 = 4  # bytes
 COPIES = ("base", "ema", "trust_region")  # teachers that keep weights of their own
 
@@ -35,16 +30,12 @@ def size_of(module: nn.Module) -> int:
 
 
 def model_without_weights(config: Any, dtype: torch.dtype, device: torch.device, lora_rank: int) -> nn.Module:
+    how = dict(dtype=dtype, attn_implementation=attention_of(config, device))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention_of(config, device)
-        )
-        return prepare(model.eval(), lora_rank, False)
+        return prepare(AutoModelForCausalLM.from_config(config, **how).eval(), lora_rank, False)
 
 
-def memory_plan(
-    config: Any, args: Any, world: int, device: torch.device, teacher: str = "", theirs: Any = None
-) -> dict:
+def memory_plan(config: Any, args: Any, world: int, device: Any, teacher: str = "", theirs: Any = None) -> dict:
     """GiB on each process by what takes them.
 
     `teacher` is as for `Teacher`, "" for none; `theirs` is the config of one that is another model.
@@ -86,10 +77,10 @@ def memory_plan(
         "learning: loss": FP32 * (heads * 512 * V + V * D * full),
     }
     gib = {name: size / 2**30 for name, size in gib.items()}
-    stays = sum(value for name, value in gib.items() if ":" not in name)
-    drawing = sum(value for name, value in gib.items() if name.startswith("drawing"))
-    learning = sum(value for name, value in gib.items() if name.startswith("learning"))
-    return {**gib, "peak": stays + max(drawing, learning)}
+    sums = {"": 0.0, "drawing": 0.0, "learning": 0.0}
+    for name, value in gib.items():
+        sums[name.rpartition(":")[0]] += value
+    return {**gib, "peak": sums[""] + max(sums["drawing"], sums["learning"])}
 
 
 def read(model: nn.Module, length: int, use_cache: bool) -> Any:
@@ -111,10 +102,7 @@ def kept_bytes(model: nn.Module, length: int) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    def unpack(tensor: Tensor) -> Tensor:
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         read(model, length, use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -137,24 +125,16 @@ def config_of(name: str) -> Qwen3Config:
 
 
 def table() -> None:
-    limits = dict(
-        max_completion_tokens=4096, max_teacher_tokens=8192, tokens_per_batch=12288, sample_batch=32
-    )
-    flags = sdpo.Args(activation_checkpointing=True, **limits)
-    worlds = (1, 8)
-    columns = [f"{n} GPU{'s' * (n > 1)}" for n in worlds]
-    print("| | teacher | " + " | ".join(columns) + " |\n" + "|---" * (2 + len(worlds)) + "|")
+    limits = dict(max_completion_tokens=4096, max_teacher_tokens=8192, tokens_per_batch=12288, sample_batch=32)
+    print("| | teacher | 1 GPU | 8 GPUs |\n|---|---|---|---|")
     teachers = (("live", None), ("ema", None), ("trust_region", None), ("8B", config_of("8B")))
     for size in QWEN3:
         for rank in (0, 64):
-            args = dataclasses.replace(flags, lora_rank=rank)
+            args = sdpo.Args(activation_checkpointing=True, lora_rank=rank, **limits)
             for teacher, theirs in teachers:
-                cuda = torch.device("cuda")
-                peaks = [memory_plan(config_of(size), args, n, cuda, teacher, theirs)["peak"] for n in worlds]
-                name = f"{size}, {f'LoRA {rank}' if rank else 'full'}"
-                print(
-                    f"| {name} | {teacher} | " + " | ".join(f"{gib:.0f}" for gib in peaks) + " |", flush=True
-                )
+                plans = [memory_plan(config_of(size), args, n, torch.device("cuda"), teacher, theirs) for n in (1, 8)]
+                peaks = " | ".join(f"{plan['peak']:.0f}" for plan in plans)
+                print(f"| {size}, {f'LoRA {rank}' if rank else 'full'} | {teacher} | {peaks} |", flush=True)
 
 
 def measure() -> None:
@@ -163,9 +143,8 @@ def measure() -> None:
     shape = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
     heads = dict(num_attention_heads=12, num_key_value_heads=12, head_dim=64)
     make_model(folder / "big", **shape, **heads, initializer_range=0.02)
-    row = '{{"prompt": "zig:{i}", "privileged_context": "so{i}", "answer": "{i}"}}\n'
-    (folder / "data.jsonl").write_text("".join(row.format(i=i) for i in range(16)))
-    data = folder / "data.jsonl"
+    row, data = '{{"prompt": "zig:{0}", "privileged_context": "so{0}", "answer": "{0}"}}\n', folder / "data.jsonl"
+    data.write_text("".join(row.format(i) for i in range(16)))
     tiny = SimpleNamespace(model=folder / "model", teacher="", data=data, eval=data)
     more = "--steps 1 --tokens-per-batch 256 --max-teacher-tokens 64 --save-every 9"
     for n in (1, 2):
@@ -180,11 +159,11 @@ def measure() -> None:
             args = parse_args(sdft.Args, sdft.PRESETS, flags.split())
             config = AutoConfig.from_pretrained(folder / name)
             plans.append(memory_plan(config, args, n, torch.device("cpu"), "ema"))
-        planned = plans[1]["peak"] - plans[0]["peak"]
+        planned, more_taken = plans[1]["peak"] - plans[0]["peak"], taken[1] - taken[0]
+        parts = ", ".join(f"{name} {gib:.2f}" for name, gib in plans[1].items())
         print(
-            f"{n} process{'es' * (n > 1)}: planned {planned:.2f} GiB, taken {taken[1] - taken[0]:.2f} GiB "
-            f"more than a model of nothing ({taken[0]:.2f}); the plan: "
-            + ", ".join(f"{name} {gib:.2f}" for name, gib in plans[1].items()),
+            f"{n} process{'es' * (n > 1)}: planned {planned:.2f} GiB, taken {more_taken:.2f} GiB "
+            f"more than a model of nothing ({taken[0]:.2f}); the plan: {parts}",
             flush=True,
         )
 

@@ -11,16 +11,14 @@ the cost that does not depend on the size pulls it below.
 
 import json
 import math
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import bench_trl
-from conftest import ROOT
+from conftest import launch, metrics_of
 
 BASE = dict(questions=8, attempts=4, answer=64, prompt=32, width=128)
 AXES = {
@@ -39,7 +37,7 @@ def measure(questions: int, attempts: int, answer: int, prompt: int, width: int)
     """Seconds of each phase of a step and the process's peak growth in MiB."""
     with tempfile.TemporaryDirectory() as name:
         folder, rng = Path(name), random.Random(0)
-        bench_trl.SHAPES["here"] = (4, width, 89)
+        bench_trl.SHAPES["here"] = bench_trl.Shape(4, width, 3 * width, 4, 2, 89)
         bench_trl.make_model(folder / "model", "here", answer, "forced")
         texts = ["sort:" + "".join(rng.choices("0123456789", k=prompt - 9)) for _ in range(questions * STEPS)]
         rows = [{"prompt": text, "answer": "0"} for text in texts]
@@ -52,12 +50,10 @@ def measure(questions: int, attempts: int, answer: int, prompt: int, width: int)
             "--teacher-samples 0 --lr 1e-6 --warmup 0 --tokens-per-batch 8192 --save-every 1000 "
             "--hindsight solution"
         )
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "sdpo.py", *flags.split()]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        done = launch(f"sdpo.py {flags}")
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
-        steps = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+        steps = metrics_of(folder / "out")
         phases = ("generate", "teacher", "student")
         found = {phase: statistics.median(row[f"time/{phase}"] for row in steps[2:]) for phase in phases}
         grown = 1024 * (steps[-1]["memory/peak_gib"] - steps[0]["memory/peak_gib"])

@@ -26,6 +26,7 @@ bound    seconds of the matrix products alone when every distinct prompt is read
 MiB      growth of the process beyond what it held when the first step began: optimizer state, activations, logits, caches
 """
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -39,13 +40,16 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
 
 class Shape(NamedTuple):
     layers: int
@@ -83,9 +87,6 @@ K = 100
 TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
 SOLUTION = "\nCorrect solution:\n\n{solution}"
 DEMONSTRATION = "\n{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\nNow answer with a response of your own.\n"
-
-
-# ---------------------------------------------------------------- model and data
 
 
 def make_tokenizer(size: int) -> Any:
@@ -151,9 +152,10 @@ def verdict(completion: str, row: dict) -> float:
 # ---------------------------------------------------------------- the two sides, each in a process of its own
 
 
-def status(key: str) -> int:
-    """KiB of this process, by /proc's name."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+def resident(key: str) -> int:
+    """KiB of this process, now (VmRSS) or at its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 class Steps:
@@ -166,8 +168,8 @@ class Steps:
     def end(self) -> None:
         if not self.ends:
             Path("/proc/self/clear_refs").write_text("5")    # peak = now
-            self.before = status("VmRSS")
-        self.peak = status("VmHWM")
+            self.before = resident("VmRSS")
+        self.peak = resident("VmHWM")
         self.ends.append(time.perf_counter())
 
     def answer(self, phases: dict[str, float], tokens: list[int]) -> dict:
@@ -184,17 +186,16 @@ def our_flags(case: Case, folder: Path, steps: int, tokens: int) -> list[str]:
     flags = (
         f"--model {folder}/model --data {folder}/rows.jsonl --eval-data --out {folder}/out --seed 0 --dtype {SHAPES[case.shape].dtype} "
         f"--steps {steps} --prompts-per-step {prompts} --rollouts {rollouts} --max-prompt-tokens 512 "
-        f"--max-completion-tokens {case.limit} --is-cap 0 --support {case.support} --topk {K} --lr 1e-6 --warmup 0 "
+        f"--max-completion-tokens {case.limit} --support {case.support} --topk {K} --lr 1e-6 --warmup 0 "
         f"--adam-betas 0.9 0.999 --weight-decay 0 --tokens-per-batch {tokens} --eval-every 1000 --save-every 1000"
     ).split()
-    if case.script == "sdpo":
-        own = "--divergence jsd --ema-rate 0.05 --hindsight solution --max-teacher-tokens 10240 --teacher-samples 0"
-        return [*flags, "--template", TEMPLATE, "--verifier", f"{__file__}:verdict", *own.split()]
-    if case.script == "sdft":
-        own = "--schedule constant --divergence forward_kl --ema-rate 0.01 --skip-tokens 0 --max-teacher-tokens 512"
-        return [*flags, "--template", DEMONSTRATION, *own.split()]
-    flags = " ".join(flags).replace(" --is-cap 0", "").split()
-    return [*flags, "--teacher", f"{folder}/teacher", *"--divergence jsd --average token".split()]
+    own = {
+        "sdpo": "--divergence jsd --ema-rate 0.05 --hindsight solution --max-teacher-tokens 10240 --teacher-samples 0 --is-cap 0",
+        "sdft": "--schedule constant --divergence forward_kl --ema-rate 0.01 --skip-tokens 0 --max-teacher-tokens 512 --is-cap 0",
+        "distill": f"--teacher {folder}/teacher --divergence jsd --average token",
+    }
+    texts = {"sdpo": ["--template", TEMPLATE, "--verifier", f"{__file__}:verdict"], "sdft": ["--template", DEMONSTRATION]}
+    return [*flags, *own[case.script].split(), *texts.get(case.script, [])]
 
 
 def run_ours(case: Case, folder: Path, steps: int, tokens: int) -> dict:
@@ -211,34 +212,32 @@ def run_ours(case: Case, folder: Path, steps: int, tokens: int) -> dict:
     return marks.answer({name: sum(row[f"time/{name}"] for row in rows) for name in PHASES[:3]}, [int(row["train/tokens"]) for row in rows])
 
 
-def trl_config(script: str, out: Path, **settings: Any) -> Any:
-    """The trainer's config: what the docstring says was chosen, everything else as it is by default."""
-    from trl import DistillationConfig
-    from trl.experimental.sdft import SDFTConfig
-    from trl.experimental.sdpo import SDPOConfig
+def trl_trainer(script: str, folder: Path, rows: list[dict], callbacks: list, **settings: Any) -> Any:
+    """TRL's trainer: what the docstring says was chosen, everything else as it is by default."""
+    import datasets
+    from trl import DistillationConfig, DistillationTrainer
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
     load = {"attn_implementation": "eager", "dtype": "float32"}
-    shared = dict(output_dir=str(out), learning_rate=1e-6, lr_scheduler_type="constant", gradient_checkpointing=False, bf16=False,
+    shared = dict(output_dir=f"{folder}/out", learning_rate=1e-6, lr_scheduler_type="constant", gradient_checkpointing=False, bf16=False,
                   use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
                   seed=0, model_init_kwargs=load)
-    own = {"sdpo": dict(distillation_mode="full_logits", distillation_alpha=0.5, teacher_update_rate=0.05, reprompt_template=TEMPLATE,
-                        solution_template=SOLUTION.replace("{solution}", "{successful_previous_attempt}")),
-           "sdft": dict(distillation_mode="full_logits", distillation_topk=None, distillation_alpha=0.0, teacher_model_kind="ema",
-                        teacher_update_rate=0.01, num_generations=1,
-                        teacher_prompt_template=DEMONSTRATION.replace("{demonstration}", "{privileged_context}")),
-           "distill": dict(beta=0.5, teacher_model_init_kwargs=load)}
-    config = {"sdpo": SDPOConfig, "sdft": SDFTConfig, "distill": DistillationConfig}[script]
-    return config(**(shared | own[script] | settings))
-
-
-def trl_trainer(script: str, folder: Path, rows: list[dict], config: Any, callbacks: list) -> Any:
-    import datasets
-    from trl import DistillationTrainer
-    from trl.experimental.sdft import SDFTTrainer
-    from trl.experimental.sdpo import SDPOTrainer
-    shared = dict(model=f"{folder}/model", args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=callbacks)
     if script == "sdpo":
-        return SDPOTrainer(reward_funcs=lambda completions, **_: [verdict(c[0]["content"], {}) for c in completions], **shared)
-    return SDFTTrainer(**shared) if script == "sdft" else DistillationTrainer(teacher_model=f"{folder}/teacher", **shared)
+        config, trainer, template = SDPOConfig, SDPOTrainer, SOLUTION.replace("{solution}", "{successful_previous_attempt}")
+        shared |= dict(distillation_mode="full_logits", distillation_alpha=0.5, teacher_update_rate=0.05, reprompt_template=TEMPLATE,
+                       solution_template=template)
+        more = {"reward_funcs": lambda completions, **_: [verdict(c[0]["content"], {}) for c in completions]}
+    elif script == "sdft":
+        config, trainer, template = SDFTConfig, SDFTTrainer, DEMONSTRATION.replace("{demonstration}", "{privileged_context}")
+        shared |= dict(distillation_mode="full_logits", distillation_topk=None, distillation_alpha=0.0, teacher_model_kind="ema",
+                       teacher_update_rate=0.01, num_generations=1, teacher_prompt_template=template)
+        more = {}
+    else:
+        config, trainer = DistillationConfig, DistillationTrainer
+        shared |= dict(beta=0.5, teacher_model_init_kwargs=load)
+        more = {"teacher_model": f"{folder}/teacher"}
+    more |= {"train_dataset": datasets.Dataset.from_list(rows), "callbacks": callbacks}
+    return trainer(model=f"{folder}/model", args=config(**shared | settings), **more)
 
 
 def run_trl(case: Case, folder: Path, steps: int, micro: int) -> dict:
@@ -251,29 +250,33 @@ def run_trl(case: Case, folder: Path, steps: int, micro: int) -> dict:
             marks.end()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            marks.end()
-            if len(marks.ends) == 2:                         # the first step is not timed
+            if len(marks.ends) == 1:                         # the first step is not timed
                 seconds.update(dict.fromkeys(seconds, 0.0))
+            marks.end()
 
     settings = dict(max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=prompts * rollouts // micro, temperature=1.0,
                     max_completion_length=case.limit, bf16=SHAPES[case.shape].dtype == "bfloat16")
     if case.support != "full":
         settings |= dict(distillation_mode="topk_logits", distillation_topk=K, distillation_add_tail=True)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    trainer = trl_trainer(case.script, folder, rows, trl_config(case.script, folder / "out", **settings), [Mark()])
+    trainer = trl_trainer(case.script, folder, rows, [Mark()], **settings)
 
-    def timed(owner: Any, name: str, key: str) -> Callable:
+    def timed(owner: Any, name: str, key: str) -> None:
         method = getattr(owner, name)
 
+        @functools.wraps(method)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             result = method(*args, **kwargs)
             seconds[key] += time.perf_counter() - began
             return result
         setattr(owner, name, wrapped)
-        return wrapped
 
-    generate, eos = timed(trainer.model, "generate", "generate"), trainer.processing_class.eos_token_id
+    timed(trainer.model, "generate", "generate")
+    timed(trainer, "_prepare_inputs", "prepare")
+    timed(trainer, "training_step", "step")
+    timed(trainer.teacher_model, "forward", "teacher")
+    generate, eos = trainer.model.generate, trainer.processing_class.eos_token_id
 
     def generate_and_count(**kwargs: Any) -> Tensor:
         ids_BL = generate(**kwargs)
@@ -281,10 +284,6 @@ def run_trl(case: Case, folder: Path, steps: int, micro: int) -> dict:
         tokens.append((over_BT == 0).sum().item() + over_BT.any(1).sum().item())       # with the EOS, as ours counts
         return ids_BL
     trainer.model.generate = generate_and_count
-    timed(trainer, "_prepare_inputs", "prepare")
-    timed(trainer, "training_step", "step")
-    trainer.teacher_model.register_forward_pre_hook(lambda *_: seconds.__setitem__("teacher", seconds["teacher"] - time.perf_counter()))
-    trainer.teacher_model.register_forward_hook(lambda *_: seconds.__setitem__("teacher", seconds["teacher"] + time.perf_counter()))
     trainer.train()
     assert len(tokens) == steps, f"{len(tokens)} calls of generate in {steps} steps"
     student = seconds["step"] - seconds["prepare"] - seconds["teacher"]
@@ -319,6 +318,7 @@ CHECKS = {"SDPO, JSD ½ over all logits": ("sdpo", jsd, "qwen3", "--support full
           "distillation, JSD ½": ("distill", jsd, "qwen3", "--support full", {})}
 # Where TRL computes something else: it counts padding as positions.
 DIFFERS = {"the same, absolute positions (GPT-2)"}
+LOSSES = {"sdpo": "sdpo_loss", "sdft": "sdft_loss", "distill": "gkd_loss"}
 
 
 def check(folder: Path, name: str) -> dict:
@@ -335,7 +335,7 @@ def check(folder: Path, name: str) -> dict:
     triples = [(x, x, y) for x, _, y in triples] if script == "distill" else triples
     taught = triples[:7] if script == "sdpo" else triples    # SDPO: the last attempt has no signal, but counts in the mean
     total = sum(len(y) for *_, y in triples)
-    weights = [[1 / total if script == "distill" else 1 / (len(y) * len(triples))] * len(y) for *_, y in taught]
+    shares = [1 / (total if script == "distill" else len(y) * len(triples)) for *_, y in taught]
     source = folder / ("teacher" if script == "distill" else "model")
 
     def gradient(model: Any, loss: Tensor) -> Tensor:
@@ -346,8 +346,8 @@ def check(folder: Path, name: str) -> dict:
     student, teacher = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
                         for path in (folder / "model", source))
     predict = lambda model, x, y: model(torch.tensor([x + y])).logits[0, len(x) - 1:-1].log_softmax(-1)
-    loss = sum((torch.tensor(w, dtype=torch.float64) * measure(predict(student, x, y), predict(teacher, c, y).detach())).sum()
-               for (x, c, y), w in zip(taught, weights, strict=True))
+    loss = sum(share * measure(predict(student, x, y), predict(teacher, c, y).detach()).sum()
+               for (x, c, y), share in zip(taught, shares, strict=True))
     exact, exact_gradient = loss.item(), gradient(student, loss)
 
     # Ours, by the script's own loss, one padded micro-batch.
@@ -356,30 +356,24 @@ def check(folder: Path, name: str) -> dict:
     run = common.Run(args)
     student = common.load_model(str(folder / "model"), run)
     targets = common.Teacher(str(source) if script == "distill" else "base", 0.0, student, run).targets([(c, y) for _, c, y in taught])
-    weight_N, nothing = torch.tensor(sum(weights, [])), [0.0] * 64
+
+    def sample(x: list[int], c: list[int], y: list[int]) -> Any:
+        known = dict(place=0, q=0, prompt=x, context=c, y=y, logps=[0.0] * len(y), mask=[True] * len(y), advantage=0.0)
+        return module.Sample(*(known[field] for field in module.Sample._fields))
+
+    loss_of, counts = getattr(module, LOSSES[script]), dict(attempts=len(triples), sequences=len(triples), tokens=total)
     h_ND = common.completion_states(student, [(x, y) for x, _, y in taught])
-    head = common.head_of(student)
-    if script == "sdpo":
-        micro = [module.Sample(0, x, c, y, nothing[:len(y)], [True] * len(y), 0.0) for x, c, y in taught]
-        counts = {"attempts": len(triples), "tokens": total}
-        loss = module.sdpo_loss(h_ND, head, targets, micro, counts, args)[0]
-    elif script == "sdft":
-        micro = [module.Sample(x, c, y, nothing[:len(y)], [True] * len(y)) for x, c, y in taught]
-        loss = module.sdft_loss(h_ND, head, targets, micro, {"sequences": len(triples)}, args)[0]
-    else:
-        y_N = torch.tensor([token for *_, y in taught for token in y])
-        loss = common.distill_loss(h_ND, head, targets, y_N, weight_N, common.Objective("jsd"))[0]
+    loss = loss_of(h_ND, common.head_of(student), targets, [sample(*triple) for triple in taught], counts, args)[0]
     ours, our_gradient = loss.item(), gradient(student, loss)
 
     # TRL, by its trainer's compute_loss on the batch as it pads one.
-    trainer = trl_trainer(script, folder, make_rows(script, 8), trl_config(script, folder / "out", **settings), [])
+    trainer = trl_trainer(script, folder, make_rows(script, 8), [], **settings)
     pad = trainer.processing_class.pad_token_id
 
-    def padded(lists: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-        width = max(map(len, lists))
-        place = lambda ids, fill: [fill] * (width - len(ids)) * left + ids + [fill] * (width - len(ids)) * (not left)
-        return torch.tensor([place(ids, pad) for ids in lists]), torch.tensor([place([1] * len(ids), 0) for ids in lists])
-    (x, x_mask), (c, c_mask), (y, y_mask) = (padded(list(side), left) for side, left in zip(zip(*triples), (True, True, False)))
+    def padded(lists: list[list[int]], side: str) -> list[Tensor]:
+        ids, ones = [torch.tensor(ids) for ids in lists], [torch.ones(len(ids), dtype=torch.long) for ids in lists]
+        return [pad_sequence(rows, True, fill, side) for rows, fill in ((ids, pad), (ones, 0))]
+    (x, x_mask), (c, c_mask), (y, y_mask) = map(padded, zip(*triples), ("left", "left", "right"))
     inputs = {"prompt_ids": x, "prompt_mask": x_mask, "completion_ids": y, "completion_mask": y_mask, "teacher_input_ids": torch.cat([c, y], 1),
               "teacher_attention_mask": torch.cat([c_mask, y_mask], 1)}
     if script == "sdpo":
@@ -395,11 +389,10 @@ def check(folder: Path, name: str) -> dict:
 # ---------------------------------------------------------------- the table
 
 
-def fresh(task: dict, threads: int) -> dict:
-    """This script in a process of its own; its last line is the answer."""
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "CUDA_VISIBLE_DEVICES": "",
-                        "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, __file__, "--task", json.dumps(task)], env=env, capture_output=True, text=True)
+def fresh(file: str, task: Any, threads: int) -> Any:
+    """A script in a process of its own, with --task; its last line is the answer."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, file, "--task", json.dumps(task)], env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{task}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -419,7 +412,7 @@ def print_check(threads: int) -> None:
     wrong = []
     for name in CHECKS:
         with tempfile.TemporaryDirectory() as folder:
-            r = fresh({"side": "check", "name": name, "folder": folder}, threads)
+            r = fresh(__file__, {"side": "check", "name": name, "folder": folder}, threads)
         print(f"| {name} | {r['loss']:.3g} | {r['ours']:.0e} | {r['trl']:.0e} | {r['our_gradient']:.0e} | {r['trl_gradient']:.0e} |", flush=True)
         sides = {"ours": r["our_gradient"], "TRL": 0 if name in DIFFERS else r["trl_gradient"]}
         wrong += [f"{name}: {side}'s gradient is off by {error:.1g}" for side, error in sides.items() if not error < 1e-4]
@@ -432,17 +425,19 @@ def measure(name: str, lengths: str, args: argparse.Namespace) -> list[tuple[dic
     case, pairs = CASES[name], []
     prompts, _ = PROMPTS[case.script]
     steps = args.steps or case.steps
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name_of_folder:
+        folder = Path(name_of_folder)
         if case.shape == "pretrained":
-            rows = take_pretrained(Path(folder), case.script, prompts * (steps + 1))
+            rows = take_pretrained(folder, case.script, prompts * (steps + 1))
         else:
-            make_model(Path(folder) / "model", case.shape, case.limit, lengths)
-            make_model(Path(folder) / "teacher", case.shape, case.limit, lengths, seed=1)
+            make_model(folder / "model", case.shape, case.limit, lengths)
+            make_model(folder / "teacher", case.shape, case.limit, lengths, seed=1)
             rows = make_rows(case.script, prompts * (steps + 1), case.prompt)
-        (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = {"case": name, "steps": steps, "folder": str(folder), "clock": args.clock}
         for _ in range(args.repeats):
-            ours, theirs = (fresh({"side": side, "case": name, "steps": steps, "batch": batch, "folder": folder, "clock": args.clock}, args.threads)
-                            for side, batch in (("ours", args.tokens_per_batch), ("trl", args.rows_per_batch)))
+            ours = fresh(__file__, task | {"side": "ours", "batch": args.tokens_per_batch}, args.threads)
+            theirs = fresh(__file__, task | {"side": "trl", "batch": args.rows_per_batch}, args.threads)
             if lengths == "forced" and ours["tokens"] != theirs["tokens"]:
                 raise SystemExit(f"{name}: ours drew {ours['tokens']} tokens a step and TRL {theirs['tokens']}; forced lengths must be equal")
             pairs.append((ours, theirs))
@@ -496,6 +491,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if args.task:
         print(json.dumps(perform(json.loads(args.task))))
         return

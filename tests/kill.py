@@ -8,7 +8,6 @@ run ends otherwise.
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -31,13 +30,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def start(script: str, flags: str) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    command = [*TORCHRUN, f"{script}.py", *flags.split()]
-    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **quiet)
-
-
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """Student, teacher and optimiser after the last step."""
-    return {name: value for name, value in checkpoint(out, STEPS).items() if isinstance(value, torch.Tensor)}
+    return subprocess.Popen([*TORCHRUN, f"{script}.py", *flags.split()], cwd=ROOT, env=env, **quiet)
 
 
 def children(pid: int) -> list[int]:
@@ -47,57 +40,56 @@ def children(pid: int) -> list[int]:
     return [*own, *(grandchild for child in own for grandchild in children(child))]
 
 
+def kill_at(run: subprocess.Popen, out: Path, step: int, half_saved: bool, delay: float) -> int:
+    """Kills a run after the step, or in the middle of the save that follows; returns the lines it had logged."""
+    log, lines = out / "metrics.jsonl", 0
+    while run.poll() is None:
+        lines = log.read_text().count("\n") if log.exists() else 0
+        if lines > step and (not half_saved or (out / "checkpoints" / ".aside").exists()):
+            break
+        time.sleep(0.001)
+    time.sleep(0 if half_saved else delay)
+    for pid in [*children(run.pid), run.pid]:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(pid, signal.SIGKILL)
+    run.wait()
+    return lines
+
+
+def same(a: Path, b: Path) -> bool:
+    """Student, teacher and optimiser after the last step, and the number of lines in the log."""
+    one, two = (checkpoint(out, STEPS) for out in (a, b))
+    names = [name for name, value in one.items() if isinstance(value, torch.Tensor)]
+    equal = one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in names)
+    return equal and len({(out / "metrics.jsonl").read_text().count("\n") for out in (a, b)}) == 1
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--script", default="sdpo")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
+    folder, rng, failed = Path(tempfile.mkdtemp()), random.Random(0), 0
     make_model(folder / "model", hidden_size=256, intermediate_size=512)
     make_model(folder / "teacher", seed=6)
-    rows = [
-        {"prompt": f"zig:{i}7{i}", "privileged_context": f"so{i}>7;", "answer": str(i)} for i in range(24)
-    ]
-    rows = [{**row, "completion": row["answer"]} for row in rows]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "judge.py").write_text(JUDGE)
+    row = '{{"prompt": "zig:{0}7{0}", "privileged_context": "so{0}>7;", "answer": "{0}", "completion": "{0}"}}\n'
     data = folder / "data.jsonl"
+    data.write_text("".join(row.format(i) for i in range(24)))
+    (folder / "judge.py").write_text(JUDGE)
     tiny = SimpleNamespace(model=folder / "model", teacher=folder / "teacher", data=data, eval=data)
     more = f"--steps {STEPS} --save-every 1 --eval-every 4 --verifier {folder}/judge.py:judge"
-
-    def flags(name: str) -> str:
-        return flags_of(args.script, folder / name, tiny, more)
-
-    if start(args.script, flags("whole")).wait():
+    if start(args.script, flags_of(args.script, folder / "whole", tiny, more)).wait():
         raise SystemExit(f"{args.script}.py fails undisturbed")
-    whole, rng, failed = tensors(folder / "whole"), random.Random(0), 0
-    logged = (folder / "whole" / "metrics.jsonl").read_text().splitlines()
     for kill in range(args.kills):
         out = folder / f"killed-{kill}"
-        run, half, step = start(args.script, flags(out.name)), kill % 3 == 0, rng.randint(0, STEPS - 1)
-        log, lines = out / "metrics.jsonl", 0
-        while run.poll() is None:  # at the chosen step, and for some kills in the middle of its save
-            lines = log.read_text().count("\n") if log.exists() else 0
-            if lines > step and (not half or (out / "checkpoints" / ".aside").exists()):
-                break
-            time.sleep(0.001)
-        time.sleep(0 if half else rng.random() * 0.4)
-        for pid in [*children(run.pid), run.pid]:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-                os.kill(pid, signal.SIGKILL)
-        run.wait()
-        left = sorted(path.name for path in (out / "checkpoints").glob("*"))
-        resumed = start(args.script, flags(out.name) + " --resume")
-        code = resumed.wait()
-        now = tensors(out) if code == 0 else {}
-        same = now.keys() == whole.keys()
-        same = same and all(torch.equal(tensor, whole[name]) for name, tensor in now.items())
-        same = same and len(log.read_text().splitlines()) == len(logged)
-        failed += not same
-        verdict = "the same bytes" if same else f"NOT the same, exit {code}"
-        found = " ".join(left) or "none"
+        flags = flags_of(args.script, out, tiny, more)
+        lines = kill_at(start(args.script, flags), out, rng.randint(0, STEPS - 1), kill % 3 == 0, rng.random() * 0.4)
+        found = " ".join(sorted(path.name for path in (out / "checkpoints").glob("*"))) or "none"
+        code = start(args.script, f"{flags} --resume").wait()
+        right = code == 0 and same(folder / "whole", out)
+        failed += not right
+        verdict = "the same bytes" if right else f"NOT the same, exit {code}"
         print(f"kill {kill + 1} after {lines} lines, checkpoints {found}: {verdict}", flush=True)
         shutil.rmtree(out)
     print(f"{args.script}: {args.kills - failed} of {args.kills} ended with the same bytes")

@@ -2,24 +2,15 @@
 
 import ast
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 
 import pytest
-from conftest import ROOT, make_model, metrics_of
+from conftest import ROOT, launch, make_model, metrics_of
 
 README = (ROOT / "README.md").read_text()
-ROWS = dict(
-    zip(
-        ("sdft", "sdpo", "srt", "sdzero", "distill"),
-        re.search(r"```json\n(.*?)```", README, re.S)[1].splitlines(),
-        strict=True,
-    )
-)
 GRADE = re.search(r"```python\n(def grade.*?)```", README, re.S)[1]
 OWN = {
     "sdft": "--preset tooluse --skip-tokens 1",
@@ -28,6 +19,7 @@ OWN = {
     "sdzero": "--preset math --phrases qwen --eval-samples 1",
     "distill": "--preset gkd-gsm8k --teacher teacher",
 }
+ROWS = dict(zip(OWN, re.search(r"```json\n(.*?)```", README, re.S)[1].splitlines(), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -40,40 +32,29 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("script", ROWS)
-def test_two_files_are_enough(script, models, tmp_path):
+def test_two_files_are_enough(script, models, tmp_path, monkeypatch):
     for file in (f"{script}.py", "common.py"):
         shutil.copy(ROOT / file, tmp_path)
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
-    row = {**json.loads(ROWS[script]), "prompt": [{"role": "user", "content": "add:12+34"}]}
-    (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in (json.loads(ROWS[script]), row) * 2)
-    )
+    as_messages = {**json.loads(ROWS[script]), "prompt": [{"role": "user", "content": "add:12+34"}]}
+    (tmp_path / "rows.jsonl").write_text(f"{ROWS[script]}\n{json.dumps(as_messages)}\n" * 2)
     (tmp_path / "mine.py").write_text(GRADE)
-    command = (
-        f"{script}.py --model model --data rows.jsonl --eval-data rows.jsonl --verifier mine.py:grade "
-        "--out run --steps 2 --prompts-per-step 2 "
-        f"--max-completion-tokens 8 --warmup 1 --lr 1e-3 {OWN[script]}"
-    )
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [sys.executable, *command.split()], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    done = launch(
+        f"{script}.py --model model --data rows.jsonl --eval-data rows.jsonl --verifier mine.py:grade --out run "
+        f"--steps 2 --prompts-per-step 2 --max-completion-tokens 8 --warmup 1 --lr 1e-3 {OWN[script]}",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (
-        metrics_of(tmp_path / "run")[-1]["step"] == 2 and (tmp_path / "run" / "last" / "config.json").exists()
-    )
+    assert metrics_of(tmp_path / "run")[-1]["step"] == 2
+    assert (tmp_path / "run" / "last" / "config.json").exists()
 
 
 @pytest.mark.parametrize("script", ROWS)
 def test_it_needs_what_pyproject_lists(script):
     """On import the two files need the standard library, each other and dependencies; the rest is lazy."""
-    listed = {
-        re.match(r"[\w-]+", line)[0]
-        for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    }
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    listed = {re.match(r"[\w-]+", line)[0] for line in lines}
     for file in (script, "common"):
         tree = ast.parse((ROOT / f"{file}.py").read_text())
         names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}

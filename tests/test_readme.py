@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 
@@ -14,10 +15,10 @@ import common
 PAGES = {ROOT / name: (ROOT / name).read_text() for name in ("README.md", "tests/README.md")}
 TEXT = "\n".join(PAGES.values())
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S))
-LINES = [command.strip() for line in BLOCKS.splitlines() for command in line.split("#")[0].split("&&")]
-COMMANDS = [line for line in LINES + re.findall(r"`(python [^`]*)`", TEXT) if line]
-SCRIPTS = ("sdft", "sdpo", "srt", "sdzero", "distill")
-OURS = [c for c in COMMANDS if re.search(r"\b\w+\.py\b", c)]
+COMMANDS = [command.strip() for line in BLOCKS.splitlines() for command in line.split("#")[0].split("&&")]
+COMMANDS += re.findall(r"`(python [^`]*)`", TEXT)
+SCRIPTS = {name: importlib.import_module(name) for name in ("sdft", "sdpo", "srt", "sdzero", "distill")}
+FIELDS = {field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)}
 
 
 def test_the_test_command_is_what_ci_runs():
@@ -25,7 +26,7 @@ def test_the_test_command_is_what_ci_runs():
     assert any(c.startswith("python sdft.py") for c in COMMANDS)
 
 
-@pytest.mark.parametrize("command", OURS)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if re.search(r"\b\w+\.py\b", command)])
 def test_commands_parse(command):
     """Every script exists and takes every flag that the README gives it."""
     words = shlex.split(command)
@@ -33,15 +34,14 @@ def test_commands_parse(command):
     assert (ROOT / words[at]).exists()
     if words[at] == "tests/claims.py":
         assert {*words[at + 1:]} <= {*claims.TABLES}
-    if words[at].startswith("tests/"):
-        return
-    module = importlib.import_module(words[at].removesuffix(".py"))
-    assert common.parse_args(module.Args, module.PRESETS, words[at + 1:])
+    if not words[at].startswith("tests/"):
+        module = SCRIPTS[words[at].removesuffix(".py")]
+        assert common.parse_args(module.Args, module.PRESETS, words[at + 1:])
 
 
 def test_flags_in_the_text_exist():
-    flags = {f.name.replace("_", "-") for name in SCRIPTS for f in dataclasses.fields(importlib.import_module(name).Args)}
-    assert {name.removeprefix("no-") for name in re.findall(r"`--([a-z][a-z-]+)", TEXT)} <= flags
+    named = {name.removeprefix("no-").replace("-", "_") for name in re.findall(r"`--([a-z][a-z-]+)", TEXT)}
+    assert named <= FIELDS
 
 
 def test_links_point_to_files():
@@ -52,12 +52,11 @@ def test_links_point_to_files():
 
 def test_flags_are_read_and_documented():
     """No flag that nothing reads; each has help that says more than its name."""
-    source = (ROOT / "common.py").read_text()
-    for name in SCRIPTS:
-        script = (ROOT / f"{name}.py").read_text()
-        for field in dataclasses.fields(importlib.import_module(name).Args):
-            assert re.search(rf"args(_type\(\))?\.{field.name}\b", script + source) or f'"{field.name}"' in source + script, field.name
-            assert re.search(rf'^    {field.name}: .*\n(?:.*\n){{0,4}}?    """(?s:.{{6,600}}?)"""', script + source, re.M), field.name
+    for script in SCRIPTS.values():
+        source = inspect.getsource(script) + inspect.getsource(common)
+        for field in dataclasses.fields(script.Args):
+            assert re.search(rf'args(_type\(\))?\.{field.name}\b|"{field.name}"', source), field.name
+            assert re.search(rf'^    {field.name}: .*\n(?:.*\n){{0,4}}?    """(?s:.{{6,600}}?)"""', source, re.M), field.name
 
 
 @pytest.mark.parametrize("name", claims.TABLES)

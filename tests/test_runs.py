@@ -6,25 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import (
-    JUDGE,
-    ROOT,
-    checkpoint,
-    flags_of,
-    killed_after,
-    launch,
-    make_model,
-    metrics_of,
-    part,
-    run_here,
-    same,
-)
+from conftest import JUDGE, ROOT, checkpoint, flags_of, killed_after, launch, make_model
+from conftest import metrics_of, part, run_here, same
 from safetensors.torch import load_file
 
 import common
@@ -43,6 +32,15 @@ def judge(tmp_path):
     return write
 
 
+def start(script, argv, monkeypatch, capsys):
+    """The exit code of a script started in this process, and what it printed to stdout and stderr."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv.split()])
+    with pytest.raises(SystemExit) as ended:
+        common.launch(module.main, module.Args, module.PRESETS)
+    return ended.value.code, *capsys.readouterr()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_micro_batches_do_not_change_the_numbers(script, tiny, tmp_path, judge, monkeypatch):
     """Metrics, and the gradients tensor by tensor. tests/test_sharding.py: nor do processes."""
@@ -54,9 +52,9 @@ def test_micro_batches_do_not_change_the_numbers(script, tiny, tmp_path, judge, 
         return step(run, lr)
 
     monkeypatch.setattr(f"{script}.optimizer_step", watched)
-    more = {"sdpo": f"--mini-batch 4 {judge(JUDGE)}", "srt": "--loss joint"}
-    more["distill"] = "--mini-batch 4 --lmbda 0.5 --outputs teacher --rollouts 2"
-    more = more.get(script, "")
+    own = {"sdpo": f"--mini-batch 4 {judge(JUDGE)}", "srt": "--loss joint"}
+    own["distill"] = "--mini-batch 4 --lmbda 0.5 --outputs teacher --rollouts 2"
+    more = own.get(script, "")
     one = run_here(script, tmp_path / "1", tiny, more)
     assert one[1]["rollout/length"] > 3 and one[1]["train/grad_norm"] > 0
     splits = {"split": "--tokens-per-batch 8 --sample-batch 3"}
@@ -70,20 +68,16 @@ def test_micro_batches_do_not_change_the_numbers(script, tiny, tmp_path, judge, 
 
 
 def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+    tensors = {name for name, value in a.items() if isinstance(value, torch.Tensor)}
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if k in tensors else a[k] == b[k] for k in a)
 
 
 @pytest.mark.parametrize("more", ["", "--lora-rank 2"], ids=["full", "lora"])
 def test_resume_continues_bit_for_bit(more, tiny, tmp_path, monkeypatch):
     """Trap 32: student, teacher, optimiser, metrics and samples, after a kill between two checkpoints.
 
-    It tore the last line of a file; and what ends a line for str.splitlines may stand in a completion.
+    It tore a file within a letter, and a second one came while --resume wrote the logs. What ends a line for
+    str.splitlines may stand in a completion.
     """
     text = common.Run.text
     monkeypatch.setattr(common.Run, "text", lambda run, y: f"{text(run, y)}\u2028\u2029\u0085")
@@ -91,14 +85,17 @@ def test_resume_continues_bit_for_bit(more, tiny, tmp_path, monkeypatch):
     whole = run_here("sdft", tmp_path / "whole", tiny, more)
     with killed_after(5):
         run_here("sdft", tmp_path / "cut", tiny, more)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        with open(tmp_path / "cut" / name, "a") as file:
-            file.write('{"step": 5, "train/lo')
+    logs = [[tmp_path / run / name for name in ("metrics.jsonl", "samples.jsonl")] for run in ("whole", "cut")]
+    for log in logs[1]:
+        log.write_bytes(log.read_bytes() + b'{"step": 5, "completion": "\xe2\x80')
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(common, "append_jsonl", Mock(side_effect=MemoryError))
+        run_here("sdft", tmp_path / "cut", tiny, more + " --resume")
     same(run_here("sdft", tmp_path / "cut", tiny, more + " --resume"), whole)
     a, b = ({**checkpoint(tmp_path / name, 6), "seconds": 0} for name in ("whole", "cut"))
     assert equal(a, b) and part(a, "teacher") and not equal(part(a, "teacher"), part(a, "student"))
     assert part(a, "optimizer") and not equal(part(a, "student"), part(checkpoint(tmp_path / "cut", 4), "student"))
-    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
+    samples = [samples.read_text() for _, samples in logs]
     assert samples[0] == samples[1] and samples[0].count("\u2028") == samples[0].count("\n") == 7 * 4
 
 
@@ -149,44 +146,41 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(tiny, tmp_path, mon
     assert [r["step"] for r in rows] == list(range(7))
 
 
-def test_a_full_disk_ends_the_run_in_one_sentence(tiny, tmp_path, judge):
-    """No file may grow from the evaluation of step 2 on; with room again the run continues from step 1."""
-    more = "--eval-every 1 --save-every 1 " + judge(f"""import os, resource
-calls, mark = 0, {str(tmp_path / "full")!r}
+def test_a_full_disk_ends_the_run_in_one_sentence(tiny, tmp_path, judge, monkeypatch, capsys):
+    """From the evaluation of step 2 on; with room again the run continues from step 1."""
+    more = "--eval-every 1 --save-every 1 " + judge(f"""from pathlib import Path
+calls, log = 0, Path({str(tmp_path)!r}, "r", "samples.jsonl")
 def judge(completion, row):
     global calls
     calls += 1
-    if calls == 17 and not os.path.exists(mark):
-        open(mark, "w").close()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    if calls == 17:
+        log.unlink()
+        log.symlink_to("/dev/full")
     return 0.0
 """)
-    done = launch(f"sdft.py {flags_of('sdft', tmp_path / 'r', tiny, more)}")
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "samples.jsonl could not be written (" in done.stderr
-    assert "make room and rerun the same command with --resume" in done.stderr
-    assert any(line.startswith("error: ") for line in done.stderr.splitlines())  # not behind the bar
-    rows = run_here("sdft", tmp_path / "r", tiny, f"{more} --resume")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    code, _, said = start("sdft", flags_of("sdft", tmp_path / "r", tiny, more), monkeypatch, capsys)
+    assert code == 1 and "samples.jsonl could not be written ([Errno 28] No space left on device)" in said
+    assert "; make room and rerun the same command with --resume" in said
+    assert any(line.startswith("error: ") for line in said.splitlines())  # not behind the bar
+    (tmp_path / "r" / "samples.jsonl").unlink()
+    assert [row["step"] for row in run_here("sdft", tmp_path / "r", tiny, f"{more} --resume")] == [0, 1, 2, 3]
 
 
-def test_sigterm_saves_and_exits_0(tiny, tmp_path):
-    out = tmp_path / "r"
-    flags = flags_of("sdft", out, tiny, "--steps 2000 --save-every 1000").split()
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "sdft.py", *flags], cwd=ROOT, env=env, **streams)
-    deadline = time.time() + 120
-    while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < 4:
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    [folder] = (out / "checkpoints").glob("step-*")
-    step = metrics_of(out)[-1]["step"]
-    assert checkpoint(out, step)["step"] == step == int(folder.name[5:])
-    assert f"Stopped after step {step}. To continue, rerun the same command with --resume." in said
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_0_and_a_second_one_ends_at_once(signum, tiny, tmp_path, monkeypatch, capsys):
+    log = common.Run.log
+
+    def log_and_signal(run, step, metrics):
+        log(run, step, metrics)
+        if step == 2:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(common.Run, "log", log_and_signal)
+    code, said, _ = start("sdft", flags_of("sdft", tmp_path / "r", tiny, "--steps 9"), monkeypatch, capsys)
+    assert code == 0 and [row["step"] for row in metrics_of(tmp_path / "r")] == [0, 1, 2]
+    assert [folder.name for folder in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert "Stopped after step 2. To continue, rerun the same command with --resume." in said
+    assert signal.getsignal(signum) == signal.SIG_DFL
 
 
 # ---- What a run leaves behind
@@ -207,7 +201,6 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
     assert last.startswith("r: ") and all(part in last for part in (" → best ", " last ", "±", str(out)))
     for said in ("student reads\n<|user|>zig:", "teacher reads\n<|user|>\nzig:", "divergence"):
         assert said in done.stdout
-    assert done.stdout.count(" minutes to go, without evaluations") == 1
     [sample, *_] = common.read_jsonl(out / "samples.jsonl")
     assert sample.keys() == {"step", "set", "where", "prompt", "completion", "reward"}
     saved = AutoModelForCausalLM.from_pretrained(out / "last").state_dict()
@@ -259,15 +252,6 @@ def test_evaluation_statistics_by_hand(tiny, tmp_path, judge):
 # ---- Mistakes: one sentence, what would work, exit code 2, no traceback
 
 
-def start(script, argv, monkeypatch, capsys):
-    """The exit code of a script started in this process, and what it printed to stdout and stderr."""
-    module = importlib.import_module(script)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv.split()])
-    with pytest.raises(SystemExit) as ended:
-        common.launch(module.main, module.Args, module.PRESETS)
-    return ended.value.code, *capsys.readouterr()
-
-
 MISTAKES = {
     "--preset sience": "--preset sience: expected one of toy, smol, tooluse, science, medical, knowledge",
     "--learning-rate 1": "--learning-rate",
@@ -276,7 +260,7 @@ MISTAKES = {
     "--data {tmp}/columns.jsonl": "columns.jsonl:1: missing column 'privileged_context' (found: prompt,",
     "--max-prompt-tokens 3": "none of the 24 rows fits; raise --max-prompt-tokens, --max-teacher-tokens",
     "--eval-data {tmp}/long.jsonl": "long.jsonl:1: 303 tokens; raise --max-prompt-tokens",
-    "--out /proc/run": "--out /proc/run: cannot write there",
+    "--out /proc/run": "--out /proc/run: [Errno 2] No such file or directory: '/proc/run'; use another folder",
 }
 
 
@@ -311,26 +295,20 @@ def test_every_number_flag_has_a_range(wrong, monkeypatch, capsys):
     assert text.count("\n") == 1
 
 
-def test_a_folder_in_use_and_changed_flags_or_data_are_refused(tiny, tmp_path):
+def test_changed_data_is_refused_on_resume_and_flags_of_speed_are_not(tiny, tmp_path):
     """The same path with another text: --resume would go on with other rows than it began with."""
     data, text = tmp_path / "data.jsonl", tiny.data.read_text()
-
-    def refused(flags, message):
-        with pytest.raises(common.InputError, match=message):
-            run_here("sdft", tmp_path / "r", tiny, f"--data {data} {flags}")
-
     data.write_text(text)
     run_here("sdft", tmp_path / "r", tiny, f"--data {data}")
-    refused("", "already holds a run; add --resume, delete it, or use another")
-    refused("--resume --ema-rate 0.5", "was started with --ema-rate 0.01, not 0.5")
     data.write_text(text.replace("zig:47210", "zig:47211", 1))
-    refused("--resume", "the data or the chat template changed since")
+    with pytest.raises(common.InputError, match="the data or the chat template changed since"):
+        run_here("sdft", tmp_path / "r", tiny, f"--data {data} --resume")
     data.write_text(text)
-    rows = run_here("sdft", tmp_path / "r", tiny, f"--data {data} --resume --tokens-per-batch 99 --eval-every 1")
-    assert len(rows) == 4  # flags of where and how fast may change
+    more = f"--data {data} --resume --tokens-per-batch 99 --eval-every 1"
+    assert len(run_here("sdft", tmp_path / "r", tiny, more)) == 4
     (tmp_path / "r" / "config.json").unlink()
-    with pytest.raises(common.InputError, match="has no config.json; use another --out"):
-        run_here("sdft", tmp_path / "r", tiny, "--resume")
+    with pytest.raises(common.InputError, match="config.json.; use another folder"):
+        run_here("sdft", tmp_path / "r", tiny, more)
 
 
 READ = "reads: <|user|>zig:47210<|end|><|assistant|>"
@@ -373,36 +351,22 @@ def test_a_search_that_ends_at_once_has_no_curves(tmp_path):
 
 
 def test_wandb_gets_every_row_and_a_resumed_run_goes_on_there(tiny, tmp_path, monkeypatch):
-    class Wandb:
-        begun, rows, tables, summary = [], [], [], {}
-        __spec__ = importlib.machinery.ModuleSpec("wandb", None)
-
-        @classmethod
-        def init(cls, **kwargs):
-            cls.begun.append(kwargs)
-            return SimpleNamespace(log=cls.log, summary=cls.summary)
-
-        @classmethod
-        def log(cls, metrics, step):
-            (cls.rows if "step" in metrics else cls.tables).append((step, metrics))
-
-        @staticmethod
-        def Table(columns, data):
-            return [dict(zip(columns, row, strict=True)) for row in data]
-
-    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    wandb = MagicMock(__spec__=importlib.machinery.ModuleSpec("wandb", None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     more = "--wandb-project p --save-every 1"
     with killed_after(2):
         run_here("sdft", tmp_path / "r", tiny, more)
     rows = run_here("sdft", tmp_path / "r", tiny, f"{more} --resume")
-    assert [(step, metrics["step"]) for step, metrics in Wandb.rows] == [(i, i) for i in (0, 1, 2, 2, 3)]
-    assert Wandb.rows[-1][1] == rows[-1]
-    first, second = Wandb.begun
-    assert first["id"] and first["project"] == "p" and first["name"] == "r" and first == second
+    logged = [(call.kwargs["step"], call.args[0]) for call in wandb.init.return_value.log.call_args_list]
+    steps = [(step, metrics["step"]) for step, metrics in logged if "step" in metrics]
+    assert steps == [(i, i) for i in (0, 1, 2, 2, 3)] and logged[-1][1] == rows[-1]
+    first, second = wandb.init.call_args_list
+    assert first == second and first.kwargs["id"]
+    assert (first.kwargs["project"], first.kwargs["name"], first.kwargs["resume"]) == ("p", "r", "allow")
     samples = common.read_jsonl(tmp_path / "r" / "samples.jsonl")
-    assert [row for _, table in Wandb.tables for row in table["samples/eval"]] == samples
-    expected = {"base/avg": rows[0]["eval/avg@1"], "last/avg": rows[-1]["eval/avg@1"]}
-    assert expected.items() <= Wandb.summary.items()
+    tables = [call.args for call in wandb.Table.call_args_list]
+    assert [dict(zip(columns, row, strict=True)) for columns, data in tables for row in data] == samples
+    assert sum(metrics == {"samples/eval": wandb.Table.return_value} for _, metrics in logged) == len(tables)
 
 
 def test_wandb_that_is_not_there(tiny, tmp_path, monkeypatch):

@@ -63,27 +63,18 @@ def test_every_word_list_is_read_whole(data):
 
 
 @pytest.mark.parametrize(
-    "text, truncated, right",
+    "task, answer, right, wrong",
     [
-        ("Paris", False, 1), ("It is Paris.", False, 1), (" paris! ", False, 1), ("**Paris**", False, 1), ("Paris", True, 0),
-        ("Paris is it", False, 0), ("Comparis", False, 0), ("", False, 0), ("Paris, London", False, 0),
+        ("capital", "Paris", ["Paris", "It is Paris.", " paris! ", "**Paris**"], ["Paris is it", "Comparis", "", "Paris, London"]),
+        ("sum", "6", ["2 * 3 = 6", "6"], ["16", "1.6", "6.0"]),
+        ("house", "on(tv, off)", ["on(tv, off)\n"], ["It is on(tv, off)", "On(tv, off)", "on(tv, off)."]),
     ],
 )
-def test_an_answer_must_end_the_text(text, truncated, right):
-    verify = common.load_verifier("smol:grade")
-    [(reward, feedback)] = common.grade(verify, [(text, {"answer": "Paris", "task": "capital", "truncated": truncated})])
-    assert (reward, feedback) == (right, "")
-
-
-@pytest.mark.parametrize("text, right", [("2 * 3 = 6", 1), ("16", 0), ("1.6", 0), ("6.0", 0), ("6", 1)])
-def test_a_number_is_not_the_end_of_another(text, right):
-    assert smol.grade(text, {"answer": "6", "task": "sum"}) == right
-
-
-def test_a_call_must_be_exact():
-    row = {"answer": "radio(garden, off)", "task": "house"}
-    texts = ("radio(garden, off)\n", "It is radio(garden, off)", "Radio(garden, off)", "radio(garden, off).")
-    assert [smol.grade(text, row) for text in texts] == [1, 0, 0, 0]
+def test_an_answer_must_end_the_text_and_a_call_must_be_all_of_it(task, answer, right, wrong):
+    row = {"answer": answer, "task": task, "truncated": False}
+    asked = [(text, row) for text in right + wrong] + [(answer, {**row, "truncated": True})] * (task != "house")
+    graded = common.grade(common.load_verifier("smol:grade"), asked)
+    assert graded == [(float(text in right and not row["truncated"]), "") for text, row in asked]
 
 
 @pytest.mark.parametrize("source", ["smol:", "smol:mode", "smol:quick-eval", "smol:0/model", "smol:../toy.py"])
@@ -100,15 +91,11 @@ def test_a_script_taken_home_says_what_is_missing(source, tmp_path, monkeypatch)
     assert common.find_source("org:model") == "org:model"
 
 
-def run_smol(tmp_path, **env):
-    code = "import common\ntry: common.find_source('smol:model')\nexcept common.InputError as error: print('one sentence:', error)"
-    env = {**os.environ, "SELF_DISTILLATION_CACHE": str(tmp_path), **env}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-
-
 def test_without_a_network_one_sentence_says_so_and_nothing_is_left(tmp_path):
     pytest.importorskip("gguf")
-    done = run_smol(tmp_path, PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_NO_CACHE_DIR="1")
+    code = "import common\ntry: common.find_source('smol:model')\nexcept common.InputError as error: print('one sentence:', error)"
+    env = os.environ | {"SELF_DISTILLATION_CACHE": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_CACHE_DIR": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert re.fullmatch(r"one sentence: smol:model needs the network once, to download .*\n", done.stdout), done.stdout + done.stderr
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
