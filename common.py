@@ -51,6 +51,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
 import tyro
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -679,7 +680,8 @@ def _clipped(log_ratio: Tensor, clip: float) -> Tensor:
 
 def head_of(model: nn.Module) -> Head:
     """The output head. Under FSDP it is whole from a forward to a backward pass or `parameters_of`."""
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None) or 0.0
     return Head(layer.weight, layer.bias, scale, softcap, model.computes_in_bf16)
@@ -703,19 +705,21 @@ def read_states(base_model: nn.Module, cache_name: str, cache: Any = None, **inp
     return base_model(**inputs).last_hidden_state if inputs else None
 
 
+def load_from(kind: Any, source: str, flag: str, what: str = "model", **options: Any) -> Any:
+    """What `kind`, an Auto class of transformers, reads from a folder or hub id."""
+    try:
+        return kind.from_pretrained(find_source(source), **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{flag} {source}: no {what} could be loaded ({first_line(error)})") from error
+
+
 def load_tokenizer(source: str, flag: str = "--model") -> Any:
     """The tokenizer of a folder or hub id; the student's must have a chat template."""
-    from transformers import AutoTokenizer
-
-    try:
-        path = find_source(source)
-        if os.path.isdir(path) and not any(Path(path).glob("*token*")):
-            raise OSError("no tokenizer file")  # transformers would make an empty one up
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{flag} {source}: no folder or hub id with a tokenizer ({first_line(error)})"
-        ) from error
+    what = "folder or hub id with a tokenizer"
+    tokenizer = load_from(transformers.AutoTokenizer, source, flag, what)
+    folder = Path(find_source(source))
+    if folder.is_dir() and not any(folder.glob("*token*")):
+        raise InputError(f"{flag} {source} has no tokenizer file; transformers would make an empty one up")
     if flag == "--model" and not tokenizer.chat_template:
         raise InputError(f"{flag} {source} has no chat template; use an instruction-tuned model")
     if tokenizer.eos_token_id is None:
@@ -723,18 +727,13 @@ def load_tokenizer(source: str, flag: str = "--model") -> Any:
     return tokenizer
 
 
+def load_config(source: str, flag: str) -> Any:
+    return load_from(transformers.AutoConfig, source, flag)
+
+
 def vocabulary_of(source: str, flag: str = "--model") -> int:
     """How many token ids the model of a folder or hub id can read, without its weights."""
     return load_config(source, flag).get_text_config().vocab_size
-
-
-def load_config(source: str, flag: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(find_source(source))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
 
 
 def load_model(
@@ -742,9 +741,8 @@ def load_model(
 ) -> nn.Module:
     """A causal LM in `dtype` (fp32: master weights) on this rank's device, in eval mode: dropout is off.
 
-    `lora_rank` > 0 freezes it and trains adapters on every linear layer but the head (alpha = 2 rank). With
-    several processes the first one reads and checks the weights, and each keeps a shard of every layer
-    (FSDP2).
+    `lora_rank` > 0 freezes it and trains adapters on every linear layer but the head (alpha = 2 rank). The
+    first process reads and checks the weights; several processes keep a shard of every layer each (FSDP2).
     """
     model, problem = None, ""
     try:
@@ -756,20 +754,21 @@ def load_model(
     if run.mesh is None:
         model.to(run.device)
     else:
-        found = [(model.config, model.generation_config, model.shares_prompts)] if model else []
-        config, generation_config, shares_prompts = run.gather(found)[0]
+        traits = [(model.config, model.generation_config, model.shares_prompts)] if model else []
+        [(config, generation_config, shares_prompts)] = run.gather(traits)
         weights = model.state_dict() if model else {}
         model = shard(empty_model(config, run.device, lora_rank, dtype), run)
         model.shares_prompts = shares_prompts
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, weights, options=options)
         model.generation_config = generation_config
-    model.source, model.source_dtype = source, model.config.dtype or dtype  # the dtype of best/ and last/
+    model.source = source
+    model.source_dtype = model.config.dtype or dtype  # of best/ and last/
     if run.args.activation_checkpointing:
         model.shares_prompts = False  # the layers that run again would extend the cache again
-        options = dict(use_reentrant=False, preserve_rng_state=False)
+        run_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for block in blocks_of(model):
-            block.forward = functools.partial(checkpoint, block.forward, **options)
+            block.forward = partial(run_again, block.forward)
     if getattr(run.args, "rollouts", 2) == 1:
         model.shares_prompts = False  # nothing to share, and one pass over a text is faster than two
     elif not model.shares_prompts:
@@ -780,27 +779,24 @@ def load_model(
 
 def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, flag: str) -> nn.Module:
     """The whole model on the CPU, checked."""
-    from transformers import AutoModelForCausalLM
-
     config = load_config(source, flag)
-    saved_dtype, attention = config.dtype, attention_of(config, run.device)
-    options = dict(dtype=dtype, attn_implementation=attention, output_loading_info=True)
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(find_source(source), **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{flag} {source}: no model could be loaded ({first_line(error)})") from error
+    saved_dtype = config.dtype
+    options = dict(dtype=dtype, attn_implementation=attention_of(config, run.device))
+    auto = transformers.AutoModelForCausalLM
+    model, loading = load_from(auto, source, flag, output_loading_info=True, **options)
+    kind = type(model).__name__
     if loading["missing_keys"]:  # transformers would leave them random
-        missing = min(loading["missing_keys"])
-        raise InputError(f"{flag} {source}: no weights for {missing} in it, which {type(model).__name__} has")
+        raise InputError(f"{flag} {source}: no weights for {min(loading['missing_keys'])}, which {kind} has")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling parameters beside do_sample = false, which save_pretrained refuses
         model.generation_config.do_sample = True
     prepare(model.eval(), lora_rank, False)
-    check_model(model, f"{flag} {source}: {type(model).__name__}")
+    check_model(model, f"{flag} {source}: {kind}")
     if lora_rank and (share := f"{adapted_share(model):.0%}") != "100%":
         run.say(f"LoRA: adapters on {share} of the matrix weights; others, such as fused experts, have none")
-    model.config.dtype, model.computes_in_bf16 = saved_dtype, run.computes_in_bf16
+    model.config.dtype = saved_dtype
+    model.computes_in_bf16 = run.computes_in_bf16
     return model
 
 
@@ -815,7 +811,7 @@ def prepare(model: nn.Module, lora_rank: int, computes_in_bf16: bool) -> nn.Modu
     model.lora_rank, model.computes_in_bf16, model.shares_prompts = lora_rank, computes_in_bf16, False
     takes_cache = "cache" in inspect.signature(model.base_model.forward).parameters
     cache_name = "cache" if takes_cache else "past_key_values"  # transformers before 5.24
-    model.read = functools.partial(read_states, model.base_model, cache_name)
+    model.read = partial(read_states, model.base_model, cache_name)
     if lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -829,22 +825,21 @@ def prepare(model: nn.Module, lora_rank: int, computes_in_bf16: bool) -> nn.Modu
 
 def adapted_share(model: nn.Module) -> float:
     """The share of the decoder layers' matrix weights that have adapters."""
-    weights = [named for block in blocks_of(model) for named in block.named_parameters()]
-    sizes = {True: 0, False: 0}
-    for name, p in weights:
+    adapted = total = 0
+    for name, p in nn.ModuleList(blocks_of(model)).named_parameters():
         if p.dim() > 1 and "lora_" not in name:
-            sizes[".base_layer." in name] += p.numel()
-    return sizes[True] / sum(sizes.values())
+            total += p.numel()
+            adapted += p.numel() * (".base_layer." in name)
+    return adapted / total
 
 
 def empty_model(config: Any, device: torch.device, lora_rank: int, dtype: torch.dtype) -> nn.Module:
     """The model without weights: parameters on the meta device, buffers on `device`."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
+    options = dict(dtype=dtype, attn_implementation=attention_of(config, device))
     with device, init_empty_weights(include_buffers=False):
-        attention = attention_of(config, device)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = transformers.AutoModelForCausalLM.from_config(config, **options)
         prepare(model.eval(), lora_rank, False)
     model.tie_weights()  # outside: init_empty_weights gives every name a parameter of its own
     return model
@@ -877,15 +872,14 @@ def check_model(model: nn.Module, name: str) -> None:
 
     Sets `shares_prompts`: a cache that is written in place, such as a recurrent state, has no gradient.
     """
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
     generator = torch.Generator().manual_seed(0)
     vocabulary = len(model.get_input_embeddings().weight)
     texts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (9, 6)]
-    adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name}
-    for p in adapters.values():  # they start at zero, which would hide a mistake
+    pairs = [(ids[:4], [*ids[4:], 0]) for ids in texts]
+    adapters = [p for name, p in model.named_parameters() if "lora_B" in name]
+    for p in adapters:  # they start at zero, which would hide a mistake
         p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1])
-    pairs, model.shares_prompts = [(ids[:4], [*ids[4:], 0]) for ids in texts], False
+    model.shares_prompts = False
     try:
         expected = last_logits(model, texts)
         states = completion_states(model, pairs)
@@ -901,44 +895,38 @@ def check_model(model: nn.Module, name: str) -> None:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{name} is not supported ({first_line(error)})") from error
     tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
-    limit = tolerance * max(1.0, expected.abs().max().item())
     for how, logits in found.items():
-        gap = (logits - expected).abs().max().item()
-        if not gap <= limit:
+        gap = (logits - expected).abs().max() / expected.abs().max().clamp(min=1)
+        if not gap <= tolerance:
             raise InputError(f"{name} is not supported: its logits {how} differ by {gap:.3g}")
-    if {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+    kinds = transformers.cache_utils
+    if {type(layer) for layer in cache.layers} <= {kinds.DynamicLayer, kinds.DynamicSlidingWindowLayer}:
         model.shares_prompts = True
-        gap = (completion_states(model, pairs) - states).abs().max().item()
-        model.shares_prompts = gap <= tolerance * max(1.0, states.abs().max().item())
-    for p in adapters.values():
+        gap = (completion_states(model, pairs) - states).abs().max() / states.abs().max().clamp(min=1)
+        model.shares_prompts = bool(gap <= tolerance)
+    for p in adapters:
         p.zero_()
 
 
 def last_logits(model: nn.Module, texts: list) -> Tensor:
-    return torch.cat(
-        [model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1] for ids in texts]
-    ).float()
+    logits = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1] for ids in texts]
+    return torch.cat(logits).float()
 
 
 @torch.no_grad()
 def copy_of(model: nn.Module, run: Run) -> nn.Module:
     """The model once more, without gradients: its own copy of what is trained, the frozen weights shared."""
-    if not is_sharded(model):
+    if not isinstance(model, FSDPModule):
         shared = {id(p): p for p in model.parameters() if not p.requires_grad}
         return copy.deepcopy(model, shared).requires_grad_(False)
     other = empty_model(model.config, run.device, model.lora_rank, torch.float32)
     other = shard(other, run).requires_grad_(False)
     weights = model.state_dict()
-    for name in weights:
-        if not model.lora_rank or "lora_" in name:
-            weights[name] = weights[name].clone()
-    other.load_state_dict(weights, assign=True)
-    other.generation_config, other.shares_prompts = model.generation_config, model.shares_prompts
+    own = {name: w.clone() for name, w in weights.items() if "lora_" in name or not model.lora_rank}
+    other.load_state_dict(weights | own, assign=True)
+    other.generation_config = model.generation_config
+    other.shares_prompts = model.shares_prompts
     return other
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
 
 
 @contextlib.contextmanager
@@ -958,7 +946,7 @@ def gathered(model: nn.Module) -> Any:
 
 def parameters_of(model: nn.Module) -> dict:
     """By name; under FSDP the shards, never the gathered copies that a forward pass leaves in the root."""
-    if is_sharded(model):
+    if isinstance(model, FSDPModule):
         model.reshard()
     return dict(model.named_parameters())
 
@@ -975,17 +963,18 @@ def full_weights(model: nn.Module) -> Any:
     One tensor at a time, and all ranks must take all of them: under sharding each is a collective.
     """
     for name, tensor in model.state_dict().items():
-        plain = name.replace(".base_layer.", ".")
-        if plain != name and plain.endswith(".weight"):
-            layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
-            tensor = tensor + layer.get_delta_weight("default").to(tensor.dtype)
+        layer, has_adapter, _ = name.partition(".base_layer.weight")
+        if has_adapter:
+            tensor = tensor + model.get_submodule(layer).get_delta_weight("default").to(tensor.dtype)
         if "lora_" not in name:
-            yield plain, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name.replace(".base_layer.", "."), whole
 
 
 def save_folder(run: Run, model: nn.Module, name: str, card: str) -> None:
     """`out/name`: a plain Hugging Face folder in the dtype of the source, written aside and renamed."""
-    weights, aside = {}, run.out / f".{name}.tmp"
+    aside = run.out / f".{name}.tmp"
+    weights = {}
     for key, tensor in full_weights(model):
         if run.main and key not in model.all_tied_weights_keys:  # a tied head is saved once, as the embedding
             weights[key] = tensor.to("cpu", model.source_dtype)
@@ -1017,9 +1006,9 @@ def replace_folder(aside: Path, final: Path) -> None:
 def find_source(source: str) -> str:
     """A path or hub id; `toy:0/model` is made by tests/toy.py, which the word before the colon names."""
     word, colon, _ = source.partition(":")
-    file = Path(__file__).parent / "tests" / f"{word}.py"
-    if not colon or not word.isidentifier() or not (file.exists() or word in ("toy", "smol")):
+    if not colon or word not in ("toy", "smol"):
         return source
+    file = Path(__file__).parent / "tests" / f"{word}.py"
     if not file.exists():
         raise InputError(f"{source} is made by {file}, which is not here; use your own model folder and data")
     try:
@@ -1038,12 +1027,12 @@ def load_file(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def naming_row(where: str, columns: Any = None) -> Any:
+def naming_row(where: str, columns: Any = ()) -> Any:
     """Whatever fails between a line of a file and its token ids becomes one sentence with file and row."""
     try:
         yield
     except KeyError as error:
-        found = ", ".join(name for name, value in (columns or {}).items() if value is not None)
+        found = ", ".join(columns)
         raise InputError(f"{where}: missing column {error} (found: {found}); see --help") from error
     except Exception as error:  # templates raise errors of many libraries
         raise InputError(f"{where}: {first_line(error)}") from error
@@ -1059,15 +1048,16 @@ def load_rows(source: str, convert: Any, flag: str = "--data") -> list:
     if not source:
         raise InputError(f"{flag} is missing: a JSONL, JSON or parquet file, a folder, or name:config@split")
     source, _, part = source.partition("#")
-    name, rows = Path(find_source(source)).name, []
-    for i, raw in read_raw(find_source(source), flag):
-        where = f"{name}:{i}"
-        with naming_row(where, raw):
-            if not isinstance(raw, dict):
-                raise TypeError(f"expected a JSON object with named columns, found {type(raw).__name__}")
-            row = convert({key: value for key, value in raw.items() if value is not None})
-            if row is not None:
-                rows.append({**row, "id": i, "where": where})
+    path, rows = find_source(source), []
+    for i, raw in read_raw(path, flag):
+        where = f"{Path(path).name}:{i}"
+        if not isinstance(raw, dict):
+            raise InputError(f"{where}: expected a JSON object with named columns, found {raw!r:.40}")
+        columns = {name: value for name, value in raw.items() if value is not None}
+        with naming_row(where, columns):
+            row = convert(columns)
+        if row is not None:
+            rows.append({**row, "id": i, "where": where})
     if not rows:
         raise InputError(f"{flag} {source}: no rows in it")
     if part:
@@ -1084,23 +1074,25 @@ def read_raw(source: str, flag: str) -> list:
     """(place, row) of each row; lines are counted as an editor counts them, and blank ones are skipped."""
     import datasets
 
+    path = Path(source)
     name, _, split = source.partition("@")
-    if Path(source).is_file() and not source.endswith(".parquet"):
-        return read_json(Path(source))
+    if path.is_file() and path.suffix != ".parquet":
+        return read_json(path)
     try:
-        if Path(source).is_file():
+        if path.is_file():
             data = datasets.Dataset.from_parquet(source)
+        elif path.suffix in (".jsonl", ".json", ".parquet"):
+            raise FileNotFoundError("no such file")
         elif any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(name)
-        elif Path(source).suffix in (".jsonl", ".json", ".parquet"):
-            raise FileNotFoundError("no such file")
         else:
             name, _, config = name.partition(":")
             data = datasets.load_dataset(name, config or None, split=split or None)
     except Exception as error:  # the hub client raises errors of many libraries
         raise InputError(f"{flag} {source}: no data could be loaded ({first_line(error)})") from error
     if isinstance(data, datasets.DatasetDict):
-        split = split or "".join(data if len(data) == 1 else [])
+        if not split and len(data) == 1:
+            [split] = data
         if split not in data:
             like = f"{name}@{next(iter(data))}"
             raise InputError(f"{flag} {source} has the splits {', '.join(data)}; name one, as in {like}")
@@ -1110,18 +1102,18 @@ def read_raw(source: str, flag: str) -> list:
 
 def read_json(path: Path) -> list:
     """One JSON array, or JSON lines, whatever the file is called. Lines end at \\n only."""
-    with naming_row(path.name):
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError("not UTF-8 text; unpack or convert the file first") from error
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path.name}: not UTF-8 text; unpack or convert the file first") from error
     if re.match(r"\s*\[\s*(\{|\])", text):
         with naming_row(path.name):
             return list(enumerate(json.loads(text), 1))
     rows = []
     for i, line in enumerate(text.split("\n"), 1):
         with naming_row(f"{path.name}:{i}: not a JSON object"):
-            rows += [(i, json.loads(line))] if line.strip() else []
+            if line.strip():
+                rows.append((i, json.loads(line)))
     return rows
 
 
@@ -1130,10 +1122,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 def as_messages(prompt: str | list, system: str = "") -> list:
     """Text becomes one user message; in a list of messages, text parts are joined and None keys dropped."""
+    rule = "a prompt is text, or a list of chat messages that ends with the user's or a tool's"
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
-        raise TypeError("a prompt is text, or a list of chat messages that ends with the user's or a tool's")
+        raise TypeError(rule)
     messages = without_none([{"role": "system", "content": system}, *prompt] if system else prompt)
     for message in messages:
         content = message.get("content", "" if "tool_calls" in message else None)
@@ -1145,7 +1138,7 @@ def as_messages(prompt: str | list, system: str = "") -> list:
             raise ValueError(f"a chat message has a role of {', '.join(ROLES)}, and a text as content")
     roles = [message["role"] for message in messages]
     if "user" not in roles or roles[-1] not in ("user", "tool"):
-        raise ValueError("a prompt is text, or a list of chat messages that ends with the user's or a tool's")
+        raise ValueError(rule)
     if not messages[-1]["content"].strip():
         raise ValueError("the prompt is empty")
     return messages
@@ -1168,36 +1161,34 @@ def is_turns(template: str) -> bool:
     return re.match(r'\s*\[\s*\{\s*"', template) is not None
 
 
+def template_messages(template: str) -> list:
+    """A text template is one user message."""
+    return as_messages(json.loads(template) if is_turns(template) else template)
+
+
 def with_template(messages: list, template: str, **values: str) -> list:
     """What the teacher reads: the filled template in place of the last user message, or after a tool's.
 
-    In a JSON list of messages, one with a place whose value is empty is dropped.
+    A message before the template's last is dropped if one of its places has an empty value.
     """
     values["prompt"] = [message["content"] for message in messages if message["role"] == "user"][-1]
-    kept = messages[:-1] if messages[-1]["role"] == "user" else messages
-    if not is_turns(template):
-        return [*kept, {"role": "user", "content": fill_template(template, **values)}]
+    kept = messages[:-1] if messages[-1]["role"] == "user" else messages[:]
     empty = [f"{{{name}}}" for name, value in values.items() if not value]
-    turns = [
-        t for t in as_messages(json.loads(template)) if not any(place in t["content"] for place in empty)
-    ]
-    return [*kept, *({**turn, "content": fill_template(turn["content"], **values)} for turn in turns)]
+    *before, last = template_messages(template)
+    for turn in [*before, last]:
+        if turn is last or not any(place in turn["content"] for place in empty):
+            kept.append({**turn, "content": fill_template(turn["content"], **values)})
+    return kept
 
 
 def check_template(template: str, *places: str) -> None:
     """InputError unless every place is in the template; in a JSON list the question comes last, by itself."""
     if missing := [place for place in places if place not in template]:
         raise InputError(f"--template needs the placeholders {', '.join(missing)}")
-    if not is_turns(template):
-        return
-    try:
-        last = as_messages(json.loads(template))[-1]["content"]
-    except (KeyError, TypeError, ValueError) as error:
-        like = '[{"role": "user", "content": "{prompt}"}]'
-        raise InputError(
-            f"--template: expected text or chat messages, {like} ({first_line(error)})"
-        ) from error
-    if [place for place in places if place in last] != ["{prompt}"]:
+    like = '[{"role": "user", "content": "{prompt}"}]'
+    with naming_row(f"--template: expected text or chat messages, {like}"):
+        last = template_messages(template)[-1]["content"]
+    if is_turns(template) and [place for place in places if place in last] != ["{prompt}"]:
         raise InputError("--template: its last message must contain {prompt} and no other placeholder")
 
 
@@ -1207,8 +1198,6 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
     prompt -> prompt_ids, up to and including the generation prompt; teacher_messages -> teacher_ids likewise;
     expert_text -> completion_ids, with the token that ends an assistant's turn.
     """
-    limits = {"prompt_ids": "max_prompt_tokens", "teacher_ids": "max_teacher_tokens"}
-    limits["completion_ids"] = "max_completion_tokens"
     for row in rows:
         with naming_row(row["where"], row):
             row["prompt_ids"] = chat_ids(tokenizer, row["prompt"], row, args)
@@ -1218,10 +1207,11 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
                 check_text(tokenizer, row["expert_text"])
                 words = tokenizer(row["expert_text"], add_special_tokens=False)["input_ids"]
                 row["completion_ids"] = words + end_of_turn(tokenizer, args)
-    limits = {ids: flag for ids, flag in limits.items() if ids in rows[0]}
-    kept = [row for row in rows if all(len(row[ids]) <= getattr(args, limits[ids]) for ids in limits)]
+    sides = [side for side in ("prompt", "teacher", "completion") if f"{side}_ids" in rows[0]]
+    limits = {f"{side}_ids": getattr(args, f"max_{side}_tokens") for side in sides}
+    kept = [row for row in rows if all(len(row[ids]) <= limit for ids, limit in limits.items())]
     if not kept:
-        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in limits.values())
+        flags = ", ".join(f"--max-{side}-tokens" for side in sides)
         raise InputError(f"none of the {len(rows)} rows fits; raise {flags}")
     return kept
 
@@ -1229,10 +1219,11 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
 def chat_ids(tokenizer: Any, messages: list, row: dict, args: Any) -> list:
     """The token ids of a prompt; `tools` may be a list or its JSON text."""
     tools = row.get("tools")
-    tools = without_none(json.loads(tools) if isinstance(tools, str) else tools)
+    if isinstance(tools, str):
+        tools = json.loads(tools)
     for message in messages:
         check_text(tokenizer, message.get("content", ""))
-    options = dict(add_generation_prompt=True, tokenize=True, return_dict=False, tools=tools)
+    options = dict(add_generation_prompt=True, return_dict=False, tools=without_none(tools))
     return tokenizer.apply_chat_template(messages, **options, **args.chat_kwargs)
 
 
@@ -1247,9 +1238,8 @@ def check_text(tokenizer: Any, text: str) -> None:
 def special_tokens(tokenizer: Any) -> re.Pattern:
     """Finds what the tokenizer reads as a special token; <think> and the like are none."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile(
-        "|".join(map(re.escape, sorted({*added, *tokenizer.all_special_tokens}, key=len)[::-1]))
-    )
+    longest_first = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
 
 
 def end_of_turn(tokenizer: Any, args: Any) -> list:
@@ -1262,22 +1252,21 @@ def end_of_turn(tokenizer: Any, args: Any) -> list:
 
 def step_rows(rows: list, step: int, per_step: int, n: int, seed: int) -> list:
     """n copies of each of the step's rows: epochs of seeded permutations laid end to end, cut into steps."""
-    places = range((step - 1) * per_step, step * per_step)
-    return repeat([rows[epoch_order(len(rows), seed, i // len(rows))[i % len(rows)]] for i in places], n)
+    first, size = (step - 1) * per_step, len(rows)
+    epochs = range(first // size, (first + per_step - 1) // size + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(size) for epoch in epochs])
+    start = first % size
+    return repeat([rows[i] for i in order[start : start + per_step]], n)
 
 
 def repeat(rows: list, n: int) -> list:
     """n copies of each row, each with a `rollout_key` of its own that names its random numbers."""
     copies, seen = [], collections.Counter()
     for row in rows:
-        copies += [{**row, "rollout_key": (row["id"], seen[row["id"]] + i)} for i in range(n)]
-        seen[row["id"]] += n
+        for _ in range(n):
+            copies.append({**row, "rollout_key": (row["id"], seen[row["id"]])})
+            seen[row["id"]] += 1
     return copies
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 # ---- 6. Run: the same numbers whatever the number of processes; killed at any moment, it resumes bit for bit
@@ -2499,23 +2488,23 @@ def check_engine(args: Any, world: int) -> None:
 
     if vllm.__version_tuple__[:2] != VLLM_VERSION:
         raise InputError(f"--engine vllm: this is vLLM {vllm.__version__}; pip install {VLLM_WANTED}")
-    if world % args.engine_tensor_parallel:
-        size = args.engine_tensor_parallel
+    if world % (size := args.engine_tensor_parallel):
         raise InputError(f"--engine-tensor-parallel {size} must divide the {world} processes")
 
 
 class VllmSampler(Sampler):
-    """Rollouts from vLLM in this process.
+    """Rollouts from vLLM in this process; another architecture than the student's uses transformers.
 
-    Before every draw vLLM gets the weights that have changed, and both engines score a fixed text. A rollout
-    is a request of its own, whose seed depends on (seed, stream, row, sample) alone. Every process has an
-    engine, or --engine-tensor-parallel neighbours share one. Another architecture is sampled through
-    transformers.
+    Before every draw vLLM gets the weights that have changed, and both engines score a fixed text. The seed
+    of a rollout depends on (seed, stream, row, sample) alone. Every process has an engine, or
+    --engine-tensor-parallel neighbours share one.
     """
 
     def __init__(self, run: Run, student: nn.Module):
         super().__init__(run, student)
-        self.config, self.held, self.group = student.config, [], None
+        self.config = student.config
+        self.held = []  # the model whose weights vLLM has, and how often each had been written to
+        self.group = None
         self.dtype = "bfloat16" if run.computes_in_bf16 else "float32"
         if self.args.engine_tensor_parallel > 1:
             self.group, _ = dist.new_subgroups(self.args.engine_tensor_parallel)
@@ -2566,48 +2555,52 @@ class VllmSampler(Sampler):
     @torch.no_grad()
     def check(self, model: nn.Module) -> None:
         """Both engines score the fixed text."""
-        from vllm import SamplingParams
-
         ids = self.run.tokenizer(FIXED_TEXT, add_special_tokens=False)["input_ids"]
         y_N = torch.tensor(ids[1:], device=model.device)
         h_ND = completion_states(model, [(ids[:1], ids[1:])])
         ours, _ = token_logps(h_ND, head_of(model), y_N)
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        [answer] = self.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
-        scored = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
-        theirs = torch.tensor([read_logps(entry, i, math.inf)[i] for entry, i in scored])
+        [answer] = self.ask([(ids, None)], temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        theirs = torch.tensor(sent_logps(answer.prompt_logprobs[1:], ids[1:]))
         gap = (ours.cpu() - theirs).abs().mean().item()
         if not gap <= LARGEST_GAP[self.dtype]:
             raise RunError(f"its weights are not ours: log-probs of a fixed text differ by {gap:.2g}")
 
     def draw(self, prompts: list, keys: list, stream: tuple, how: Sampling) -> list:
         """One request per prompt; neighbours that share an engine make the same requests."""
-        from vllm import SamplingParams
-
         names = [(self.args.seed, *stream, *key) for key in keys]
         seeds = [int(np.random.SeedSequence(name).generate_state(1, np.uint64)[0] >> 1) for name in names]
-        parts = [list(zip(prompts, seeds, strict=True))]
+        mine = list(zip(prompts, seeds, strict=True))
+        parts, place = [mine], 0
         if self.group:
             parts = [None] * self.args.engine_tensor_parallel
-            dist.all_gather_object(parts, list(zip(prompts, seeds, strict=True)), group=self.group)
-        asked = [request for part in parts for request in part]
+            dist.all_gather_object(parts, mine, group=self.group)
+            place = self.run.rank % len(parts)
+        requests = [request for part in parts for request in part]
         longest = self.llm.model_config.max_model_len
-        if asked and how.max_tokens + max(len(prompt) for prompt, _ in asked) > longest:
+        if any(len(prompt) + how.max_tokens > longest for prompt, _ in requests):
             raise RunError(f"it holds {longest} tokens per sequence; raise --engine-cache-gib")
         fixed = dict(temperature=how.temperature, top_p=how.top_p, top_k=0, min_p=0.0, repetition_penalty=1.0)
         fixed |= dict(presence_penalty=0.0, frequency_penalty=0.0, max_tokens=how.max_tokens, ignore_eos=True)
-        fixed |= dict(stop_token_ids=self.eos.tolist(), logprobs=0, detokenize=False)
-        params = [SamplingParams(seed=seed, **fixed) for _, seed in asked]
-        answers = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt, _ in asked], params, use_tqdm=False
-        )
-        first, rollouts = sum(map(len, parts[: self.run.rank % len(parts)])), []
-        for answer in answers[first : first + len(prompts)]:
-            ids = list(answer.outputs[0].token_ids)
-            scored = zip(answer.outputs[0].logprobs, ids, strict=True)
-            logps = [read_logps(entry, i, math.inf)[i] for entry, i in scored]
-            rollouts.append(Rollout(ids, logps, ids[-1] in self.eos.tolist()))
+        answers = self.ask(requests, stop_token_ids=self.eos.tolist(), logprobs=0, **fixed)
+        first = sum(map(len, parts[:place]))
+        rollouts = []
+        for answer in answers[first : first + len(mine)]:
+            [output] = answer.outputs
+            ids = list(output.token_ids)
+            rollouts.append(Rollout(ids, sent_logps(output.logprobs, ids), ids[-1] in self.eos))
         return rollouts
+
+    def ask(self, requests: list, **how: Any) -> list:
+        """vLLM's answer to each (token ids, seed)."""
+        from vllm import SamplingParams
+
+        params = [SamplingParams(seed=seed, detokenize=False, **how) for _, seed in requests]
+        return self.llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], params, use_tqdm=False)
+
+
+def sent_logps(entries: list, ids: list) -> list:
+    """vLLM's log-prob of each of these tokens."""
+    return [read_logps(entry, i, math.inf)[i] for entry, i in zip(entries, ids, strict=True)]
 
 
 def start_vllm(student: nn.Module, run: Run, dtype: str) -> Any:
@@ -2631,7 +2624,6 @@ def start_vllm(student: nn.Module, run: Run, dtype: str) -> Any:
         gpu_memory_utilization=0.01,  # checked, but overruled by the line above
         enable_sleep_mode=cuda,
         enforce_eager=not cuda,
-        disable_log_stats=True,
         tensor_parallel_size=args.engine_tensor_parallel,
         distributed_executor_backend="external_launcher" if run.world > 1 else None,
     )

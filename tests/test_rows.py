@@ -3,7 +3,7 @@
 import gzip
 import importlib
 import json
-import re
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -23,7 +23,6 @@ from common import (
     chat_ids,
     check_ids,
     claim_folder,
-    end_of_turn,
     fill_template,
     load_evals,
     load_rows,
@@ -33,6 +32,7 @@ from common import (
 from sdft import Args, to_row, to_training_row
 
 SCRIPTS = ["sdft", "sdpo", "srt", "sdzero", "distill"]
+training_row = partial(to_training_row, args=Args())
 ROWS = [{"prompt": f"zig:{i}", "answer": str(i)} for i in range(5)]
 
 
@@ -41,39 +41,23 @@ def write(path, rows):
     return str(path)
 
 
-def same(raw):
-    return raw
-
-
-def training_row(raw):
-    return to_training_row(raw, Args())
-
-
-# ---- Formats
-
-
 def test_every_format_gives_the_same_rows(tmp_path):
+    """Lines and arrays are told apart by content: the authors' train.json holds JSON lines."""
     table = datasets.Dataset.from_list(ROWS)
     table.save_to_disk(tmp_path / "folder")
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "folders")
     table.to_parquet(tmp_path / "rows.parquet")
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    write(tmp_path / "rows.jsonl", ROWS)
-    for name in ("folder", "folders", "rows.parquet", "rows.json", "rows.jsonl"):
-        rows = load_rows(str(tmp_path / name), same)
+    for name in ("lines.json", "lines.jsonl", "lines.txt"):
+        write(tmp_path / name, ROWS)
+    for name in ("array.json", "array.jsonl", "array.txt"):
+        (tmp_path / name).write_text("\n " + json.dumps(ROWS, indent=1))
+    marked = (tmp_path / "lines.txt").read_text()
+    (tmp_path / "marked.txt").write_text(marked, encoding="utf-8-sig")  # a byte order mark
+    for file in tmp_path.iterdir():
+        rows = load_rows(str(file), dict)
         assert [{k: row[k] for k in ROWS[0]} for row in rows] == ROWS
         assert [row["id"] for row in rows] == [1, 2, 3, 4, 5]
-        assert rows[2]["where"] == f"{name}:3"
-
-
-@pytest.mark.parametrize("name", ["train.json", "train.jsonl", "train.txt"])
-def test_lines_and_arrays_are_told_apart_by_content(name, tmp_path):
-    """The authors' files hold JSON lines and are called train.json."""
-    lines = load_rows(write(tmp_path / name, ROWS), same)
-    (tmp_path / name).write_text("\n " + json.dumps(ROWS, indent=1))
-    array = load_rows(str(tmp_path / name), same)
-    assert [row["prompt"] for row in lines] == [row["prompt"] for row in array]
-    assert [row["where"] for row in lines] == [f"{name}:{i}" for i in range(1, 6)]
+        assert rows[2]["where"] == f"{file.name}:3"
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\v", "\r"])
@@ -81,14 +65,9 @@ def test_lines_end_at_newlines_only(mark, tmp_path):
     rows = [{"prompt": f"a{mark}b", "answer": mark}, {"prompt": "c", "answer": "d"}]
     text = "".join(json.dumps(row, ensure_ascii=mark in "\v\r") + "\n" for row in rows)
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
-    got = load_rows(str(tmp_path / "rows.jsonl"), same)
+    got = load_rows(str(tmp_path / "rows.jsonl"), dict)
     assert [row["prompt"] for row in got] == [f"a{mark}b", "c"]
     assert got[1]["where"] == "rows.jsonl:2"
-
-
-def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
-    assert load_rows(str(tmp_path / "rows.jsonl"), same)[0]["prompt"] == "a"
 
 
 def test_a_downloaded_folder_of_parquet_files_is_read(tmp_path):
@@ -96,106 +75,99 @@ def test_a_downloaded_folder_of_parquet_files_is_read(tmp_path):
     folder = tmp_path / "set"
     (folder / "data").mkdir(parents=True)
     with pytest.raises(InputError, match="set: no data could be loaded .*any data files"):
-        load_rows(str(folder), same)
+        load_rows(str(folder), dict)
     datasets.Dataset.from_list(ROWS).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A set\n")
-    assert [row["answer"] for row in load_rows(str(folder), same)] == ["0", "1", "2", "3", "4"]
+    assert [row["answer"] for row in load_rows(str(folder), dict)] == ["0", "1", "2", "3", "4"]
     datasets.Dataset.from_list(ROWS[3:]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
     with pytest.raises(InputError, match="set has the splits train, test; name one, as in .*set@train"):
-        load_rows(str(folder), same)
-    assert [row["answer"] for row in load_rows(f"{folder}@test", same)] == ["3", "4"]
+        load_rows(str(folder), dict)
+    assert [row["answer"] for row in load_rows(f"{folder}@test", dict)] == ["3", "4"]
     with pytest.raises(InputError, match="set@best: no data could be loaded .*'train', 'test'"):
-        load_rows(f"{folder}@best", same)
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="broken.parquet: no data could be loaded"):
-        load_rows(f"{tmp_path}/broken.parquet", same)
+        load_rows(f"{folder}@best", dict)
 
 
-def test_evaluation_sets_of_the_same_name_keep_apart(tmp_path):
+def test_evaluation_sets_name_their_split_and_keep_apart(tmp_path):
+    """It never is the training split by accident."""
     for name, part in (("a", ROWS[:2]), ("b", ROWS[2:])):
         split = datasets.Dataset.from_list(part)
-        datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / name)
-    args = Args(eval_data=(f"{tmp_path}/a@test", f"{tmp_path}/b@test", f"{tmp_path}/a@test#train"))
-    evals = load_evals(args, to_row, toy.make_tokenizer())
-    assert {name: len(rows) for name, rows in evals.items()} == {"a@test": 2, "b@test": 3, "a@test#train": 1}
+        datasets.DatasetDict({"train": split.select([0]), "test": split}).save_to_disk(tmp_path / name)
+
+    def evals(*sources):
+        args = Args(eval_data=tuple(f"{tmp_path}/{source}" for source in sources))
+        return load_evals(args, to_row, toy.make_tokenizer())
+
+    sizes = {name: len(rows) for name, rows in evals("a@test", "b@test", "a@test#train").items()}
+    assert sizes == {"a@test": 2, "b@test": 3, "a@test#train": 1}
+    for source in ("a", "a@validation"):
+        with pytest.raises(InputError, match=f"--eval-data .*{source} has the splits train, test; name one"):
+            evals(source)
 
 
-def test_two_splits_need_a_name(tmp_path):
-    """As evaluation data too: it never is the training split by accident."""
-    split = datasets.Dataset.from_list(ROWS)
-    both = datasets.DatasetDict({"train": split, "test": split.select([4])})
-    both.save_to_disk(tmp_path / "both")
-    args = Args(eval_data=(f"{tmp_path}/both",))
-    with pytest.raises(InputError, match="--eval-data .*both has the splits train, test; name one"):
-        load_evals(args, to_row, toy.make_tokenizer())
-    args.eval_data = (f"{tmp_path}/both@test",)
-    [rows] = load_evals(args, to_row, toy.make_tokenizer()).values()
-    assert [row["answer"] for row in rows] == ["4"]
-    with pytest.raises(InputError, match="has the splits train, test"):
-        load_rows(f"{tmp_path}/both@validation", to_row)
-
-
-def test_the_parts_of_a_split_are_train_and_test(tmp_path):
-    data = write(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(InputError, match="rows.jsonl#val: use #train or #test"):
-        load_rows(f"{data}#val", same)
-    with pytest.raises(InputError, match="#train: use #train or #test, of at least two rows"):
-        load_rows(write(tmp_path / "one.jsonl", ROWS[:1]) + "#train", same)
-
-
-# ---- Errors
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("", "--data is missing: a JSONL"),
+        ("nowhere.jsonl", "nowhere.jsonl: no data could be loaded .no such file"),
+        ("broken.parquet", "broken.parquet: no data could be loaded"),
+        ("no/such-set:en@train", "no data could be loaded"),
+        ("toy:0/nothing.jsonl", "toy:0/nothing"),
+        ("rows.jsonl#val", "rows.jsonl#val: use #train or #test"),
+        ("one.jsonl#train", "#train: use #train or #test, of at least two rows"),
+    ],
+)
+def test_a_source_without_data_says_what_would_work(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", ROWS)
+    write(tmp_path / "one.jsonl", ROWS[:1])
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=message):
+        load_rows(source, dict)
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "no rows in it"),
-        ('{"prompt": "a", "privileged_context": "b"}\n' * 16 + '{"prompt": "a", \n', "rows.jsonl:17: .*JSON"),
-        ('["prompt"]\n', "rows.jsonl.*: "),
-        ('{"question": "a"}\n', r"rows.jsonl:1: missing column 'prompt' \(found: question\)"),
-        ('{"prompt": "a", "answer": "b"}\n', "rows.jsonl:1: missing column 'privileged_context'"),
-        ('{"prompt": "a", "privileged_context": " "}\n', "rows.jsonl:1: the privileged_context is empty"),
-        ('{"prompt": "", "privileged_context": "b"}\n', "rows.jsonl:1: the prompt is empty"),
-        ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', "rows.jsonl:1: .*ends with the user's"),
-        (
-            '{"prompt": null, "privileged_context": "b"}\n',
-            r"rows.jsonl:1: missing column 'prompt' \(found: privileged_context\)",
-        ),
-        ('{"prompt": 7, "privileged_context": "b"}\n', "rows.jsonl:1: "),
-        ('{"prompt": ["a"], "privileged_context": "b"}\n', "rows.jsonl:1: "),
-        ('{"prompt": "a", "privileged_context": 7}\n', "rows.jsonl:1: the privileged_context is .* no text"),
-        (
-            '{"prompt": "a", "privileged_context": [{}]}\n',
-            "rows.jsonl:1: the privileged_context is .* no text",
-        ),
-        ('{"prompt": {"role": "user"}}\n', "rows.jsonl:1: a prompt is text, or a list of chat messages"),
-        ('{"prompt": "a", "system": 7}\n', "rows.jsonl:1: a chat message has a role of"),
-        ('{"prompt": [{"role": "user"}]}\n', "rows.jsonl:1: a chat message has a role of"),
-        ('{"prompt": [{"content": "a"}]}\n', "rows.jsonl:1: a chat message has a role of"),
-        ('{"prompt": [{"role": "human", "content": "a"}]}\n', "rows.jsonl:1: a chat message has a role of"),
-        ('{"prompt": [{"role": "user", "content": 7}]}\n', "rows.jsonl:1: a chat message has a role of"),
-        ('{"prompt": [{"role": "user", "content": ["a"]}]}\n', "rows.jsonl:1: .* a part that is not text"),
-        (
-            '{"prompt": [{"role": "tool", "content": "a"}]}\n',
-            "rows.jsonl:1: .*ends with the user's or a tool's",
-        ),
-        ('{"data": [\n{"prompt": "a"}]}\n', "rows.jsonl:1: not a JSON object"),
-        ("[" * 100000, "rows.jsonl:1: not a JSON object: maximum recursion depth"),
-        ("caf\xe9".encode("latin-1"), "rows.jsonl: not UTF-8 text; unpack or convert the file first"),
-        ('{"prompt": "a"}'.encode("utf-16"), "rows.jsonl: not UTF-8 text; unpack or convert the file first"),
-        (gzip.compress(b'{"prompt": "a"}'), "rows.jsonl: not UTF-8 text; unpack or convert the file first"),
+        ("", ": no rows in it"),
+        ('{"prompt": "a", "privileged_context": "b"}\n' * 16 + '{"prompt": "a", \n', ":17: .*JSON"),
+        ('["prompt"]\n', ":1: expected a JSON object with named columns, found \\['prompt'\\]"),
+        ('{"question": "a"}\n', r":1: missing column 'prompt' \(found: question\)"),
+        ('{"prompt": "a", "answer": "b"}\n', ":1: missing column 'privileged_context'"),
+        ('{"prompt": "a", "privileged_context": " "}\n', ":1: the privileged_context is empty"),
+        ('{"prompt": "", "privileged_context": "b"}\n', ":1: the prompt is empty"),
+        ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', ":1: .*ends with the user's"),
+        ('{"prompt": null, "x": "b"}\n', r":1: missing column 'prompt' \(found: x\)"),
+        ('{"prompt": ["a"]}\n', ":1: a prompt is text, or a list of chat messages"),
+        ('{"prompt": "a", "privileged_context": 7}\n', ":1: the privileged_context is .* no text"),
+        ('{"prompt": "a", "privileged_context": [{}]}\n', ":1: the privileged_context is .* no text"),
+        ('{"prompt": {"role": "user"}}\n', ":1: a prompt is text, or a list of chat messages"),
+        ('{"prompt": "a", "system": 7}\n', ":1: a chat message has a role of"),
+        ('{"prompt": [{"role": "user"}]}\n', ":1: a chat message has a role of"),
+        ('{"prompt": [{"content": "a"}]}\n', ":1: a chat message has a role of"),
+        ('{"prompt": [{"role": "human", "content": "a"}]}\n', ":1: a chat message has a role of"),
+        ('{"prompt": [{"role": "user", "content": 7}]}\n', ":1: a chat message has a role of"),
+        ('{"prompt": [{"role": "user", "content": ["a"]}]}\n', ":1: .* part that is not text"),
+        ('{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}\n', ":1: .* part that is not text"),
+        ('{"prompt": [{"role": "tool", "content": "a"}]}\n', ":1: .*ends with the user's or a tool's"),
+        ('{"data": [\n{"prompt": "a"}]}\n', ":1: not a JSON object"),
+        ("[" * 100000, ":1: not a JSON object: maximum recursion depth"),
+        ('{"prompt": "a", "privileged_context": "b"}\n\n{}\n', ":3: missing column 'prompt'"),
+        ('{"prompt": "a", "privileged_context": "b"}\n\nnull\n', ":3: expected a JSON object"),
+        ("caf\xe9".encode("latin-1"), ": not UTF-8 text; unpack or convert the file first"),
+        (gzip.compress(b'{"prompt": "a"}'), ": not UTF-8 text; unpack or convert the file first"),
     ],
 )
 def test_errors_name_file_and_row(text, message, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(InputError, match="rows.jsonl" + message) as error:
         load_rows(str(tmp_path / "rows.jsonl"), training_row)
     assert "\n" not in str(error.value)
 
 
-def test_null_columns_are_absent_columns(tmp_path):
+def test_null_columns_are_absent_columns_and_text_parts_are_joined(tmp_path):
     """Every parquet file with mixed columns has them, in messages too."""
-    message = {"role": "user", "content": "zig:1", "name": None, "tool_calls": None}
+    parts = [{"type": "text", "text": text} for text in ("zig", ":1")]
+    message = {"role": "user", "content": parts, "name": None, "tool_calls": None}
     rows = [
         {"prompt": [message], "teacher_prompt": None, "privileged_context": "so1>1;"},
         {"prompt": [message], "teacher_prompt": "rev:1", "privileged_context": None},
@@ -205,33 +177,6 @@ def test_null_columns_are_absent_columns(tmp_path):
     assert told["prompt"] == as_messages("zig:1")
     assert "so1>1;" in told["teacher_messages"][0]["content"]
     assert own["teacher_messages"] == as_messages("rev:1")
-
-
-def test_blank_lines_are_passed_over_but_counted(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n\n')
-    rows = load_rows(str(tmp_path / "rows.jsonl"), same)
-    assert [(row["prompt"], row["where"]) for row in rows] == [("a", "rows.jsonl:1"), ("b", "rows.jsonl:3")]
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [("{}", "missing column 'prompt'"), ("null", "expected a JSON object"), ("[]", "expected")],
-)
-def test_an_empty_row_is_no_blank_line(line, message, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n\n' + line + "\n")
-    with pytest.raises(InputError, match=f"rows.jsonl:3: {message}"):
-        load_rows(str(tmp_path / "rows.jsonl"), to_row)
-
-
-def test_a_missing_source_says_what_would_work(tmp_path):
-    with pytest.raises(InputError, match="--data is missing: a JSONL"):
-        load_rows("", same)
-    with pytest.raises(InputError, match="no such file"):
-        load_rows(str(tmp_path / "nowhere.jsonl"), same)
-    with pytest.raises(InputError, match="no data could be loaded"):
-        load_rows("no/such-set:en@train", same)
-    with pytest.raises(InputError, match="toy:0/nothing"):
-        load_rows("toy:0/nothing.jsonl", same)
 
 
 def test_a_template_that_fails_names_file_and_row():
@@ -246,20 +191,21 @@ def test_a_template_that_fails_names_file_and_row():
     assert tokenize(rows[:1], tokenizer, Args())
 
 
-def graded(script, tmp_path, row, more=""):
-    """A dry run of the script on one good row and this one; its own row where the script needs more."""
-    make_model(tmp_path / "m")
+def dry_run(script, tmp_path, row, more=""):
+    """The script on one good row and this one."""
+    model = tmp_path / "m"
+    if not model.exists():
+        make_model(model)
     good = {"prompt": "zig:1", "answer": "1", "privileged_context": "so1>1;", "completion": "1"}
-    data = write(tmp_path / "rows.jsonl", [good, {**good, **row}])
-    tiny = SimpleNamespace(model=tmp_path / "m", teacher=tmp_path / "m", data=data, eval=data)
-    tiny.eval = write(tmp_path / "eval.jsonl", [good])
+    files = dict(data=write(tmp_path / "rows.jsonl", [good, {**good, **row}]))
+    files["eval"] = write(tmp_path / "eval.jsonl", [good])
+    tiny = SimpleNamespace(model=model, teacher=model, **files)
     return run_here(script, tmp_path / "run", tiny, f"--verifier exact --dry-run {more}")
 
 
 @pytest.mark.parametrize("examples", [None, [{"input": "1"}], 7])
 def test_examples_of_a_programming_problem_that_are_missing(examples, tmp_path):
-    row = {"prompt": "Add", "input_format": "a line", "examples": examples}
-    data = write(tmp_path / "rows.jsonl", [row])
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "Add", "input_format": "a line", "examples": examples}])
     for module in (srt, sdzero):
         with pytest.raises(InputError, match="rows.jsonl:1: "):
             load_rows(data, module.competition_row)
@@ -267,11 +213,8 @@ def test_examples_of_a_programming_problem_that_are_missing(examples, tmp_path):
 
 @pytest.mark.parametrize("completion", [None, [], [{"role": "assistant"}], 7, " "])
 def test_completions_that_are_no_text(completion, tmp_path):
-    make_model(tmp_path / "m")
-    data = write(tmp_path / "rows.jsonl", [{"prompt": "so", "answer": "1", "completion": completion}])
-    tiny = SimpleNamespace(model=tmp_path / "m", teacher=tmp_path / "m", data=data, eval=data)
-    with pytest.raises(InputError, match="rows.jsonl:1: .*(completion|content)"):
-        run_here("distill", tmp_path / "run", tiny, "--dry-run --lmbda 0 --outputs completion")
+    with pytest.raises(InputError, match="rows.jsonl:2: .*(completion|content)"):
+        dry_run("distill", tmp_path, {"completion": completion}, "--lmbda 0 --outputs completion")
 
 
 @pytest.mark.parametrize("answer", [None, "", " ", [], float("nan")])
@@ -279,68 +222,48 @@ def test_completions_that_are_no_text(completion, tmp_path):
 def test_training_rows_that_are_graded_need_an_answer(script, answer, tmp_path):
     if script in ("sdft", "distill"):  # which only evaluate with the verifier
         with pytest.raises(FileNotFoundError):  # the dry run went through and left no metrics
-            graded(script, tmp_path, {"answer": answer})
+            dry_run(script, tmp_path, {"answer": answer})
     else:
         with pytest.raises(InputError, match="rows.jsonl:2: .*answer.*--verifier exact needs"):
-            graded(script, tmp_path, {"answer": answer})
+            dry_run(script, tmp_path, {"answer": answer})
 
 
 def test_a_token_beyond_the_embedding_is_named_with_its_row(tmp_path):
     """A tokenizer with words added after the model was made; unused ones do no harm (Gemma 3 has one)."""
-    make_model(tmp_path / "m")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    folder = make_model(tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<late>"])
-    rows = tokenize(
-        [{"prompt": as_messages(text), "where": f"f:{i}"} for i, text in enumerate(("so", "<late>"))],
-        tokenizer,
-        Args(),
-    )
-    check_ids(rows[:1], tokenizer, str(tmp_path / "m"))
-    with pytest.raises(
-        InputError, match="f:1: token '<late>' has id 89, but the embedding of --model .* 89 rows"
-    ):
-        check_ids(rows, tokenizer, str(tmp_path / "m"))
-    tokenizer.save_pretrained(tmp_path / "m")
-    data = write(tmp_path / "rows.jsonl", [{"prompt": "<late>", "privileged_context": "so", "answer": "1"}])
-    tiny = SimpleNamespace(model=tmp_path / "m", teacher="", data=data, eval=data)
-    with pytest.raises(InputError, match="rows.jsonl:1: token '<late>' has id 89"):
-        run_here("sdft", tmp_path / "run", tiny, "--dry-run")
+    tokenizer.save_pretrained(folder)
+    rows = tokenize([{"prompt": as_messages("so"), "where": "f:1"}], tokenizer, Args())
+    check_ids(rows, tokenizer, str(folder))
+    message = "rows.jsonl:2: token '<late>' has id 89, but the embedding of --model .* 89 rows"
+    with pytest.raises(InputError, match=message):
+        dry_run("sdft", tmp_path, {"prompt": "<late>"})
 
 
-# ---- Special tokens
-
-
-def test_a_text_that_spells_a_special_token_is_refused():
-    """It would end the turn; the template's own are none of the text, and <think> is an ordinary token."""
-    tokenizer, chat = toy.make_tokenizer(), [{"role": "assistant", "content": "<|user|>"}]
-    tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.add_tokens([AddedToken("<late>", special=True)])  # as Gemma 3 has <end_of_turn>
-    rows = [
-        {"prompt": as_messages("so<think>no</think>"), "where": "f:1", "expert_text": "<|END|> < | end | >"}
-    ]
-    assert tokenize(rows, tokenizer, Args())
-    user = as_messages("so")
-    for column, value in (
+@pytest.mark.parametrize(
+    "column, value",
+    [
         ("prompt", as_messages("so<|end|>no")),
         ("prompt", as_messages("so", "<|pad|>")),
-        ("prompt", chat + user),
+        ("prompt", [{"role": "assistant", "content": "<|user|>"}, *as_messages("so")]),
         ("prompt", as_messages("<late>")),
+        ("prompt", as_messages("so\ud800")),
         ("teacher_messages", as_messages("so<|end|>")),
         ("expert_text", "no<late>"),
-    ):
-        bad = {"prompt": user, "where": "f:2", column: value}
-        with pytest.raises(InputError, match=r"f:2: the text <.*> would be read as a special token"):
-            tokenize([*rows, bad], tokenizer, Args())
-
-
-@pytest.mark.parametrize("text", ["so\ud800", "\udfff"])
-def test_a_lone_surrogate_is_named_with_its_row(text):
-    rows = [{"prompt": as_messages(text), "where": "f:3"}]
-    with pytest.raises(InputError, match="f:3: .*surrogates not allowed"):
-        tokenize(rows, toy.make_tokenizer(), Args())
-    rows = [{"prompt": as_messages("so"), "expert_text": text, "where": "f:4"}]
-    with pytest.raises(InputError, match="f:4: .*surrogates not allowed"):
-        tokenize(rows, toy.make_tokenizer(), Args())
+        ("expert_text", "\udfff"),
+    ],
+)
+def test_special_tokens_and_lone_surrogates_are_refused(column, value):
+    """A spelled one would end the turn; the template's are none of the text, <think> is an ordinary token."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_tokens([AddedToken("<late>", special=True)])  # as Gemma 3 has <end_of_turn>
+    good = {"prompt": as_messages("so<think>no</think>"), "expert_text": "<|END|> < |end|>", "where": "f:1"}
+    assert tokenize([good], tokenizer, Args())
+    message = "f:2: (the text <.*> would be read as a special token|.*surrogates not allowed)"
+    with pytest.raises(InputError, match=message):
+        tokenize([good, {"prompt": as_messages("so"), "where": "f:2", column: value}], tokenizer, Args())
 
 
 @pytest.mark.parametrize("end", ["<end_of_turn>", "<answer_ends>", "<|end|>", ""])
@@ -353,23 +276,6 @@ def test_a_turn_ends_as_the_template_ends_it(end):
     )
     [row] = tokenize([{"prompt": as_messages("so"), "expert_text": "no", "where": "f:1"}], tokenizer, Args())
     assert tokenizer.decode(row["completion_ids"]) == "no" + (end or tokenizer.eos_token)
-    assert end_of_turn(tokenizer, Args()) == [tokenizer.convert_tokens_to_ids(end or "<|end|>")]
-
-
-# ---- Prompts
-
-
-def test_text_parts_are_joined_and_other_parts_refused():
-    def parts(*kinds):
-        content = [{"type": kind, "text": f"zig:{i}"} for i, kind in enumerate(kinds)]
-        return [{"role": "user", "content": content}]
-
-    assert as_messages(parts("text", "text")) == as_messages("zig:0zig:1")
-    with pytest.raises(ValueError, match="a part that is not text"):
-        as_messages(parts("text", "image"))
-    tokenizer = toy.make_tokenizer()
-    shown = tokenizer.decode(chat_ids(tokenizer, as_messages(parts("text")), {}, Args()))
-    assert "zig:0" in shown  # of every message the text occurs in what is read
 
 
 def test_columns_of_the_papers_data_sets():
@@ -385,13 +291,8 @@ def test_columns_of_the_papers_data_sets():
     assert row["privileged_context"] == "demo"
     row = training_row({"Question": "q", "Complex_CoT": "think", "Response": "r"})
     assert row["privileged_context"] == "think\n\nr"
-    raw = {
-        "question": "Q?",
-        "choices": {"text": ["x", "y"], "label": ["A", "B"]},
-        "answerKey": "B",
-        "details": {"level": "L3"},
-        "type": "mcq-2-choices",
-    }
+    raw = {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
+    raw |= {"details": {"level": "L3"}, "type": "mcq-2-choices"}
     system, user = to_row(raw)["prompt"]
     assert user["content"] == "Q?\n\nA: x\nB: y"
     assert system["content"].startswith("\nGiven a question")
@@ -404,9 +305,8 @@ def test_columns_of_the_papers_data_sets():
 
 def test_templates_keep_braces_and_percent_signs():
     """Trap 47: values that look like places stay what they are."""
-    filled = fill_template(
-        "{prompt} {x} %s {demonstration}", prompt="{demonstration} %d", demonstration="{prompt}"
-    )
+    values = dict(prompt="{demonstration} %d", demonstration="{prompt}")
+    filled = fill_template("{prompt} {x} %s {demonstration}", **values)
     assert filled == "{demonstration} %d {x} %s {prompt}"
 
 
@@ -432,74 +332,42 @@ def test_long_prompts_are_left_out_and_something_is_left():
 
 
 def test_a_long_evaluation_row_is_an_error(tmp_path):
-    data = write(
-        tmp_path / "e.jsonl", [{"prompt": "add:1", "answer": "1"}, {"prompt": "1" * 40, "answer": "1"}]
-    )
+    data = write(tmp_path / "e.jsonl", [{"prompt": text, "answer": "1"} for text in ("add:1", "1" * 40)])
     with pytest.raises(InputError, match="e.jsonl:2: 43 tokens; raise --max-prompt-tokens"):
         load_evals(Args(max_prompt_tokens=20, eval_data=(data,)), to_row, toy.make_tokenizer())
 
 
-# ---- Steps
-
-
 def test_steps_are_epochs_laid_end_to_end():
-    """Trap 46 too: a row stays whole through shuffling."""
     rows = [dict(row, id=i) for i, row in enumerate(ROWS)]
     whole = [step_rows(rows, step, 4, 1, 1) for step in range(1, 6)]  # 20 rows are 4 epochs of 5
     flat = [row["id"] for step in whole for row in step]
     epochs = [flat[i : i + 5] for i in range(0, 20, 5)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1
-    assert all(row["answer"] == row["prompt"].removeprefix("zig:") for step in whole for row in step)
     assert whole != [step_rows(rows, step, 4, 1, 2) for step in range(1, 6)]
-
-
-@pytest.mark.parametrize("rank, world", [(0, 1), (0, 2), (1, 2), (2, 3)])
-def test_ranks_share_a_step_without_gaps(rank, world):
-    rows = step_rows([dict(row, id=i) for i, row in enumerate(ROWS)], 1, 5, 1, 1)
-    run = Run(SimpleNamespace(out="x", dtype="auto"))
-    shares = []
-    for run.rank in range(world):
-        run.world = world
-        shares.append(run.share(rows))
-    assert sorted(row["id"] for share in shares for row in share) == [0, 1, 2, 3, 4]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_row_twice_in_one_step_has_random_numbers_of_its_own():
     """More prompts per step than rows; the first copies keep the numbers that they would have alone."""
     rows = [{"id": 7}, {"id": 9}]
-    twice = step_rows(rows, 1, 4, 2, 1)
+    twice, once = (step_rows(rows, 1, per_step, 2, 1) for per_step in (4, 2))
     assert sorted(row["rollout_key"] for row in twice) == [(i, n) for i in (7, 9) for n in range(4)]
-    once = step_rows(rows, 1, 2, 2, 1)
-    assert sorted(row["rollout_key"] for row in once) == [(i, n) for i in (7, 9) for n in range(2)]
-    assert [row["rollout_key"] for row in twice[:4]] == [row["rollout_key"] for row in once]
-    assert [row["id"] for row in twice] == [row["rollout_key"][0] for row in twice]
-
-
-# ---- Resuming with other data
+    assert twice[:4] == once
 
 
 def test_other_data_is_refused_on_resume(tmp_path):
     """config.json holds a hash of all token ids: of prompts, contexts and their order."""
 
-    def claim(rows, **flags):
-        return claim_folder(Run(Args(out=str(tmp_path / "r"), **flags)), rows)
+    def claim(rows, resume=True):
+        return claim_folder(Run(Args(out=str(tmp_path / "r"), resume=resume)), rows)
 
     rows = [{"prompt_ids": [1, 2], "teacher_ids": [3]}, {"prompt_ids": [4], "teacher_ids": [5]}]
-    assert claim(rows) == ""
+    assert claim(rows, resume=False) == ""
     (tmp_path / "r" / "checkpoints").mkdir()
-    assert re.search("already holds a run; add --resume", claim(rows))
-    assert claim(rows, resume=True) == ""
-    assert claim([{**row, "where": "elsewhere:1"} for row in rows], resume=True) == ""
-    others = [rows[::-1], rows[:1], [{**rows[0], "teacher_ids": [9]}, rows[1]]]
-    for other in others:
-        assert "the data or the chat template changed" in claim(other, resume=True)
-    assert "started with --lr 1e-05, not 1" in claim(rows, resume=True, lr=1.0)
-    assert claim(rows, resume=True, save_every=7) == ""
+    assert claim([{**row, "where": "elsewhere:1"} for row in rows]) == ""
+    for other in (rows[::-1], rows[:1], [{**rows[0], "teacher_ids": [9]}, rows[1]]):
+        assert "the data or the chat template changed" in claim(other)
 
-
-# ---- Tools and systems
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"enum": None}}}}}
 
@@ -529,9 +397,8 @@ def test_a_prompt_may_end_with_a_tools_message():
     tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] or 'ok'")
     tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])
     ids = sdpo.teacher_ids(sdpo.to_row({"prompt": prompt}), "no", "", tokenizer, args)
-    assert tokenizer.decode(ids).startswith(
-        "<|user|>so<|end|><|assistant|>ok<|end|><|tool|>42<|end|><|user|>so;"
-    )
+    text = "<|user|>so<|end|><|assistant|>ok<|end|><|tool|>42<|end|><|user|>so;"
+    assert tokenizer.decode(ids).startswith(text)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -543,10 +410,7 @@ def test_the_authors_own_columns(script):
     science |= {"prompt": "Which?\n\nA: x\nB: y", "description": "d", "tests": "-", "embedding": []}
     row = convert({**science, "system": "\nGiven a question"})
     assert row["answer"] == "B"
-    assert row["prompt"] == [
-        {"role": "system", "content": "\nGiven a question"},
-        {"role": "user", "content": "Which?\n\nA: x\nB: y"},
-    ]
-    tools = {"kind": "tooluse", "prompt": "Your task", "answer": '[{"Action": "f", "Action_Input": "{}"}]'}
-    assert convert({**tools, "elo": 1500})["prompt"] == as_messages("Your task")
-    assert convert({**tools, "system": ""})["prompt"] == as_messages("Your task")
+    assert row["prompt"] == as_messages("Which?\n\nA: x\nB: y", "\nGiven a question")
+    for more in ({"elo": 1500}, {"system": ""}):
+        tools = {"kind": "tooluse", "prompt": "Your task", "answer": '[{"Action": "f"}]', **more}
+        assert convert(tools)["prompt"] == as_messages("Your task")
