@@ -401,9 +401,7 @@ class Objective(NamedTuple):
     divergence: Divergence = "forward_kl"  # formulas in `_divergence`
     support: Support = "full"  # the vocabulary, the top K of one side, or y alone (reverse KL only)
     topk: int = 100  # K
-    tail: bool = (
-        True  # top-k: one bucket holds the other tokens' mass; without, both sides renormalise (SD-Zero)
-    )
+    tail: bool = True  # top-k: a bucket holds the other tokens' mass; False: both sides renormalise (SD-Zero)
     beta: float = 0.5  # jsd: weight of the teacher and of its KL; mixed: weight of the forward KL
     is_cap: float = 0.0  # with behaviour log-probs: ratio min(p(y) / p_behaviour(y), is_cap); 0 is no cap
     clip: float = 0.0  # reverse KL: log p - log q, an advantage there, is clamped to +-clip; 0 is no clamp
@@ -791,7 +789,7 @@ def read_model(source: str, run: Run, lora_rank: int, dtype: torch.dtype, flag: 
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling parameters beside do_sample = false, which save_pretrained refuses
         model.generation_config.do_sample = True
-    prepare(model.eval(), lora_rank, False)
+    prepare(model.eval(), lora_rank)
     check_model(model, f"{flag} {source}: {kind}")
     if lora_rank and (share := f"{adapted_share(model):.0%}") != "100%":
         run.say(f"LoRA: adapters on {share} of the matrix weights; others, such as fused experts, have none")
@@ -806,9 +804,10 @@ def attention_of(config: Any, device: torch.device) -> str | None:
     return "eager" if device.type == "cpu" or capped else None
 
 
-def prepare(model: nn.Module, lora_rank: int, computes_in_bf16: bool) -> nn.Module:
+def prepare(model: nn.Module, lora_rank: int) -> nn.Module:
     """Adds the adapters, and what the functions of this file expect of a model."""
-    model.lora_rank, model.computes_in_bf16, model.shares_prompts = lora_rank, computes_in_bf16, False
+    model.lora_rank = lora_rank
+    model.computes_in_bf16 = model.shares_prompts = False
     takes_cache = "cache" in inspect.signature(model.base_model.forward).parameters
     cache_name = "cache" if takes_cache else "past_key_values"  # transformers before 5.24
     model.read = partial(read_states, model.base_model, cache_name)
@@ -840,7 +839,7 @@ def empty_model(config: Any, device: torch.device, lora_rank: int, dtype: torch.
     options = dict(dtype=dtype, attn_implementation=attention_of(config, device))
     with device, init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(config, **options)
-        prepare(model.eval(), lora_rank, False)
+        prepare(model.eval(), lora_rank)
     model.tie_weights()  # outside: init_empty_weights gives every name a parameter of its own
     return model
 
@@ -1006,9 +1005,9 @@ def replace_folder(aside: Path, final: Path) -> None:
 def find_source(source: str) -> str:
     """A path or hub id; `toy:0/model` is made by tests/toy.py, which the word before the colon names."""
     word, colon, _ = source.partition(":")
-    if not colon or word not in ("toy", "smol"):
-        return source
     file = Path(__file__).parent / "tests" / f"{word}.py"
+    if not colon or not word.isidentifier() or not (file.exists() or word in ("toy", "smol")):
+        return source
     if not file.exists():
         raise InputError(f"{source} is made by {file}, which is not here; use your own model folder and data")
     try:
@@ -1469,6 +1468,9 @@ class Run:
         self.times.clear()
         if self.main:
             append_jsonl(self.out / "metrics.jsonl", [metrics])
+            if tokens and step == self.bar.initial + 1:
+                minutes = seconds * (self.bar.total - step) / 60
+                self.say(f"about {minutes:.1f} minutes to go, without evaluations")
             shown = {"train/loss", "rollout/reward", "rollout/length"} & metrics.keys()
             self.bar.set_postfix({name: metrics[name] for name in sorted(shown)})
             self.bar.update(step - self.bar.n)
@@ -1910,6 +1912,8 @@ def save_results(run: Run, model: nn.Module) -> None:
 - peak memory: {peak_memory(run.device) / 2**30:.2f} GiB
 """
     save_folder(run, model, "last", model_card(run, scores.get("last"), card))
+    if run.wandb:
+        run.wandb.summary.update({f"{name}/avg": score["avg"] for name, score in scores.items()})
     if run.main:
         (run.out / "run_card.md").write_text(card)
         draw_curves(run.out)

@@ -32,7 +32,7 @@ def size_of(module: nn.Module) -> int:
 def model_without_weights(config: Any, dtype: torch.dtype, device: torch.device, lora_rank: int) -> nn.Module:
     how = dict(dtype=dtype, attn_implementation=attention_of(config, device))
     with torch.device("meta"):
-        return prepare(AutoModelForCausalLM.from_config(config, **how).eval(), lora_rank, False)
+        return prepare(AutoModelForCausalLM.from_config(config, **how).eval(), lora_rank)
 
 
 def memory_plan(config: Any, args: Any, world: int, device: Any, teacher: str = "", theirs: Any = None) -> dict:

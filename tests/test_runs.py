@@ -201,6 +201,7 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
     assert last.startswith("r: ") and all(part in last for part in (" → best ", " last ", "±", str(out)))
     for said in ("student reads\n<|user|>zig:", "teacher reads\n<|user|>\nzig:", "divergence"):
         assert said in done.stdout
+    assert done.stdout.count(" minutes to go, without evaluations") == 1
     [sample, *_] = common.read_jsonl(out / "samples.jsonl")
     assert sample.keys() == {"step", "set", "where", "prompt", "completion", "reward"}
     saved = AutoModelForCausalLM.from_pretrained(out / "last").state_dict()
@@ -367,6 +368,9 @@ def test_wandb_gets_every_row_and_a_resumed_run_goes_on_there(tiny, tmp_path, mo
     tables = [call.args for call in wandb.Table.call_args_list]
     assert [dict(zip(columns, row, strict=True)) for columns, data in tables for row in data] == samples
     assert sum(metrics == {"samples/eval": wandb.Table.return_value} for _, metrics in logged) == len(tables)
+    [summary] = [call.args[0] for call in wandb.init.return_value.summary.update.call_args_list]
+    averages = [row["eval/avg@1"] for row in rows if "eval/avg@1" in row]
+    assert summary == {"base/avg": averages[0], "best/avg": max(averages), "last/avg": averages[-1]}
 
 
 def test_wandb_that_is_not_there(tiny, tmp_path, monkeypatch):
