@@ -1206,11 +1206,14 @@ def tokenize(rows: list, tokenizer: Any, args: Any) -> list:
                 check_text(tokenizer, row["expert_text"])
                 words = tokenizer(row["expert_text"], add_special_tokens=False)["input_ids"]
                 row["completion_ids"] = words + end_of_turn(tokenizer, args)
-    sides = [side for side in ("prompt", "teacher", "completion") if f"{side}_ids" in rows[0]]
-    limits = {f"{side}_ids": getattr(args, f"max_{side}_tokens") for side in sides}
-    kept = [row for row in rows if all(len(row[ids]) <= limit for ids, limit in limits.items())]
+    limits = {"prompt": args.max_prompt_tokens}
+    if "teacher_ids" in rows[0]:
+        limits["teacher"] = args.max_teacher_tokens
+    if "completion_ids" in rows[0]:
+        limits["completion"] = args.max_completion_tokens
+    kept = [row for row in rows if all(len(row[f"{side}_ids"]) <= most for side, most in limits.items())]
     if not kept:
-        flags = ", ".join(f"--max-{side}-tokens" for side in sides)
+        flags = ", ".join(f"--max-{side}-tokens" for side in limits)
         raise InputError(f"none of the {len(rows)} rows fits; raise {flags}")
     return kept
 
@@ -1666,7 +1669,7 @@ def most_uncertain(run: Run, model: nn.Module, samples: list, share: float) -> l
 
 
 class Totals:
-    """Sums over the loss tokens of one step on this rank, from which the step's metrics are made."""
+    """Sums over one step's loss tokens on this rank, from which, with its rollouts, its metrics are made."""
 
     def __init__(self):
         self.sums = dict.fromkeys(("loss", "tokens", *STATS), 0.0)
@@ -1684,9 +1687,13 @@ class Totals:
             gap_N = stats["logp"] - torch.as_tensor(drawn, device=weight_N.device)
             self.gaps += gap_N[active_N].abs().tolist()
 
-    def metrics(self, run: Run) -> dict:
-        """The step's metrics over all ranks; loss and gradient norm are means over optimiser steps."""
-        n = run.sum(**self.sums, gap=sum(self.gaps), gaps=len(self.gaps))
+    def metrics(self, run: Run, rollouts: list) -> dict:
+        """Over all ranks. Loss and gradient norm are means over optimiser steps."""
+        drawn, cut = sum(len(y.ids) for y in rollouts), sum(not y.finished for y in rollouts)
+        gaps = dict(gap=sum(self.gaps), gaps=len(self.gaps))
+        n = run.sum(**self.sums, **gaps, rollouts=len(rollouts), drawn=drawn, cut=cut)
+        if n["cut"] == n["rollouts"]:
+            run.say("warning: every completion was cut off; raise --max-completion-tokens")
         steps = max(len(self.grad_norms), 1)
         tokens = max(n["tokens"], 1)
         return {
@@ -1700,20 +1707,10 @@ class Totals:
             "rollout/entropy": n["entropy"] / tokens,
             "rollout/logp_gap_mean": n["gap"] / max(n["gaps"], 1),
             "rollout/logp_gap_max": max(run.gather([max(self.gaps, default=0.0)])),
+            "train/tokens": n["drawn"],
+            "rollout/length": n["drawn"] / n["rollouts"],
+            "rollout/cut_frac": n["cut"] / n["rollouts"],
         }
-
-
-def rollout_metrics(run: Run, rollouts: list) -> dict:
-    """Tokens, mean length and cut-off share of the step's completions over all ranks."""
-    tokens, cut = sum(len(y.ids) for y in rollouts), sum(not y.finished for y in rollouts)
-    n = run.sum(rollouts=len(rollouts), tokens=tokens, cut=cut)
-    if n["cut"] == n["rollouts"]:
-        run.say("warning: every completion was cut off; raise --max-completion-tokens")
-    return {
-        "train/tokens": n["tokens"],
-        "rollout/length": n["tokens"] / n["rollouts"],
-        "rollout/cut_frac": n["cut"] / n["rollouts"],
-    }
 
 
 def learning_rate(step: int, args: Any, steps: int = 0) -> float:

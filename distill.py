@@ -62,7 +62,6 @@ from common import (
     make_sampler,
     micro_batches,
     optimizer_step,
-    rollout_metrics,
     save_results,
     start_run,
     step_rows,
@@ -439,7 +438,7 @@ def main(args: Args) -> None:
                 totals.grad_norms.append(optimizer_step(run, lr))
 
         # 3. Evaluate, report, save.
-        metrics = {**totals.metrics(run), **rollout_metrics(run, answers), "train/lr": lr}
+        metrics = {**totals.metrics(run, answers), "train/lr": lr}
         metrics["distill/on_policy"] = float(own)
         if step % args.eval_every == 0 or step == steps:
             metrics |= evaluate(run, sampler, student, step, eval_sampling)

@@ -59,7 +59,6 @@ from common import (
     micro_batches,
     most_uncertain,
     optimizer_step,
-    rollout_metrics,
     save_results,
     start_run,
     step_rows,
@@ -427,7 +426,7 @@ def main(args: Args) -> None:
                     teacher.update()
 
         # 6. Evaluate, report, save.
-        metrics = {**totals.metrics(run), **rollout_metrics(run, answers), "train/lr": lr}
+        metrics = {**totals.metrics(run, answers), "train/lr": lr}
         metrics["distill/active_frac"] = n["sequences"] / n["answers"]
         metrics["teacher/distance"] = teacher.distance() if teacher else 0.0
         if step % args.eval_every == 0 or step == steps:

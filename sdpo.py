@@ -71,7 +71,6 @@ from common import (
     micro_batches,
     most_uncertain,
     optimizer_step,
-    rollout_metrics,
     save_results,
     start_run,
     step_rows,
@@ -633,7 +632,7 @@ def main(args: Args) -> None:
             teacher.update()  # teacher <- (1 - rate) teacher + rate student
 
         # 6. Evaluate, report, save.
-        metrics = {**totals.metrics(run), **rollout_metrics(run, attempts), **found, "train/lr": lr}
+        metrics = {**totals.metrics(run, attempts), **found, "train/lr": lr}
         n = run.sum(active=len(samples), dropped=dropped)
         marks = [mark for group in groups for mark in group]
         metrics |= {

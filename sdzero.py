@@ -60,7 +60,6 @@ from common import (
     optimizer_step,
     question_key,
     revise,
-    rollout_metrics,
     save_results,
     start_run,
     step_rows,
@@ -390,7 +389,7 @@ def main(args: Args) -> None:
                 teacher.sync()
 
         # 7. Evaluate, report, save.
-        metrics = {**totals.metrics(run), **rollout_metrics(run, answers), "train/lr": lr}
+        metrics = {**totals.metrics(run, answers), "train/lr": lr}
         n |= run.sum(**by_verdict)
         for verdict in ("right", "wrong"):
             metrics[f"distill/divergence_{verdict}"] = n[verdict] / max(n[f"{verdict}_tokens"], 1)
