@@ -152,28 +152,26 @@ def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: 
         bar.update(len(on_B) - len(alive))
         if t + 1 == T or not len(alive):
             break
-        if not on_B.all():
+        if len(alive) < len(on_B):
             token_B, mask_BL = token_B[on_B], mask_BL[on_B]
             cache.reorder_cache(on_B.nonzero()[:, 0])
         mask_BL = nn.functional.pad(mask_BL, (0, 1), value=1)
         h_BD = next_states(model, token_B[:, None], mask_BL, cache)[:, 0]
     bar.update(len(alive))  # cut off at the limit
-    rollouts = []
+    rollouts, ends = [], eos.tolist()
     for ids, logps in zip(ids_BT.tolist(), logps_BT.tolist(), strict=True):
         n = T - ids.count(-1)
-        rollouts.append(Rollout(ids[:n], logps[:n], ids[n - 1] in eos))
+        rollouts.append(Rollout(ids[:n], logps[:n], ids[n - 1] in ends))
     return rollouts
 
 
 def prefill(model: nn.Module, prompts: list) -> tuple[Tensor, Tensor, Any]:
     """Last state [B, D] of each prompt, attention mask [B, L] and cache. Equal prompts are read once."""
-    from transformers import DynamicCache
-
     places = {}  # of the distinct prompts in the batch that is read
     which = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
     which_B = torch.tensor(which, device=model.device)
     ids_BL, mask_BL = padded(list(places), "left", model.device)
-    cache = DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(config=model.config)
     h_BLD = next_states(model, ids_BL, mask_BL, cache)
     cache.reorder_cache(which_B)
     return h_BLD[which_B, -1], mask_BL[which_B], cache
@@ -198,7 +196,8 @@ def draw(z_BV: Tensor, noise_B: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     if how.temperature == 0:
         token_B = z_BV.argmax(-1)
         return token_B, picked(z_BV.log_softmax(-1), token_B)
-    z_BV = z_BV / how.temperature
+    if how.temperature != 1:
+        z_BV = z_BV / how.temperature
     if how.top_p < 1:
         p_BV, order_BV = z_BV.softmax(-1).sort(descending=True)
         beyond_BV = p_BV.cumsum(-1) - p_BV >= how.top_p  # the mass before this token already suffices
@@ -333,11 +332,9 @@ def check_teacher(student: str, teacher: str) -> None:
 
 def stop_ids(source: str, flag: str = "--model") -> list:
     """`eos_ids_of` a folder or hub id, without its weights."""
-    from transformers import GenerationConfig
-
     generation = None
     with contextlib.suppress(OSError):  # a folder need not have one
-        generation = GenerationConfig.from_pretrained(find_source(source))
+        generation = transformers.GenerationConfig.from_pretrained(find_source(source))
     return eos_ids_of(load_tokenizer(source, flag), load_config(source, flag), generation)
 
 
@@ -473,8 +470,9 @@ class _DistillLoss(torch.autograd.Function):
     def forward(ctx, h_ND, weight, bias, inputs):
         V = min(len(head.weight) for _, _, head in inputs.sides)
         hs = [h for _, h, _ in inputs.sides]
-        heads = [head.ready(h, V) for _, h, head in inputs.sides]
-        W, bf16 = heads[0].weight, heads[0].bf16
+        own = inputs.sides[0][2].ready(h_ND, V)  # also the teacher's where both share one weight
+        heads = [own if head.weight is weight else head.ready(h, V) for _, h, head in inputs.sides]
+        W, bf16 = own.weight, own.bf16
         active = inputs.weight_N.nonzero()[:, 0]
         chunk = min(inputs.objective.chunk, len(active))
         rows = max(1, BLOCK[W.device.type] // V)
@@ -486,7 +484,7 @@ class _DistillLoss(torch.autograd.Function):
         d_w = new(weight.shape) if need_w else None
         d_b = new(bias.shape) if need_b else None
 
-        for at in active.split(chunk):
+        for at in active.split(chunk) if chunk else ():
             products = buffer_SNV[:, : len(at)]
             for h, head, out in zip(hs, heads, products, strict=True):
                 _matmul(h[at].to(head.weight.dtype), head.weight.t(), head.bf16, out)
@@ -495,7 +493,7 @@ class _DistillLoss(torch.autograd.Function):
                 z, *ts = [head.finish(a) for head, a in zip(heads, block, strict=True)]
                 d_z, loss_N[n], stats = _token_losses(z, ts, n, inputs)
                 stats_SN[:, n] = torch.stack(stats)
-                torch.mul(d_z, heads[0].slope(z), out=block[0])
+                torch.mul(d_z, own.slope(z), out=block[0])
             d_product = products[0].to(W.dtype)
             d_h[at] = _matmul(d_product, W, bf16).to(d_h.dtype)
             if need_w:
@@ -713,11 +711,10 @@ def load_from(kind: Any, source: str, flag: str, what: str = "model", **options:
 
 def load_tokenizer(source: str, flag: str = "--model") -> Any:
     """The tokenizer of a folder or hub id; the student's must have a chat template."""
-    what = "folder or hub id with a tokenizer"
-    tokenizer = load_from(transformers.AutoTokenizer, source, flag, what)
     folder = Path(find_source(source))
-    if folder.is_dir() and not any(folder.glob("*token*")):
-        raise InputError(f"{flag} {source} has no tokenizer file; transformers would make an empty one up")
+    if folder.is_dir() and not any(folder.glob("*token*")):  # transformers would make an empty one up
+        raise InputError(f"{flag} {source} has no tokenizer file; save the tokenizer there as well")
+    tokenizer = load_from(transformers.AutoTokenizer, source, flag, "tokenizer")
     if flag == "--model" and not tokenizer.chat_template:
         raise InputError(f"{flag} {source} has no chat template; use an instruction-tuned model")
     if tokenizer.eos_token_id is None:
@@ -897,7 +894,7 @@ def check_model(model: nn.Module, name: str) -> None:
     for how, logits in found.items():
         gap = (logits - expected).abs().max() / expected.abs().max().clamp(min=1)
         if not gap <= tolerance:
-            raise InputError(f"{name} is not supported: its logits {how} differ by {gap:.3g}")
+            raise InputError(f"{name} is not supported: its logits {how} differ by {gap:.1%} of the largest")
     kinds = transformers.cache_utils
     if {type(layer) for layer in cache.layers} <= {kinds.DynamicLayer, kinds.DynamicSlidingWindowLayer}:
         model.shares_prompts = True
@@ -1080,10 +1077,10 @@ def read_raw(source: str, flag: str) -> list:
     try:
         if path.is_file():
             data = datasets.Dataset.from_parquet(source)
-        elif path.suffix in (".jsonl", ".json", ".parquet"):
-            raise FileNotFoundError("no such file")
         elif any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(name)
+        elif path.suffix in (".jsonl", ".json", ".parquet"):
+            raise FileNotFoundError("no such file")
         else:
             name, _, config = name.partition(":")
             data = datasets.load_dataset(name, config or None, split=split or None)
@@ -1101,10 +1098,8 @@ def read_raw(source: str, flag: str) -> list:
 
 def read_json(path: Path) -> list:
     """One JSON array, or JSON lines, whatever the file is called. Lines end at \\n only."""
-    try:
+    with naming_row(f"{path.name}: expected UTF-8 text; unpack or convert the file first"):
         text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path.name}: not UTF-8 text; unpack or convert the file first") from error
     if re.match(r"\s*\[\s*(\{|\])", text):
         with naming_row(path.name):
             return list(enumerate(json.loads(text), 1))
@@ -1130,9 +1125,10 @@ def as_messages(prompt: str | list, system: str = "") -> list:
     for message in messages:
         content = message.get("content", "" if "tool_calls" in message else None)
         if isinstance(content, list):
-            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            parts = [part if isinstance(part, dict) else {} for part in content]
+            if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
                 raise ValueError("a message has a part that is not text")
-            message["content"] = content = "".join(part["text"] for part in content)
+            message["content"] = content = "".join(part["text"] for part in parts)
         if message.get("role") not in ROLES or not isinstance(content, str):
             raise ValueError(f"a chat message has a role of {', '.join(ROLES)}, and a text as content")
     roles = [message["role"] for message in messages]
@@ -1512,8 +1508,6 @@ def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any, graded: bool =
 
     `graded`: training needs what the verifier reads of `rows`, not only evaluation.
     """
-    import transformers
-
     run = Run(args, tokenizer)
     run.verify = load_verifier(args.verifier, args.unsafe_code)
     run.evals = load_evals(args, to_row, tokenizer)
@@ -1669,7 +1663,7 @@ def most_uncertain(run: Run, model: nn.Module, samples: list, share: float) -> l
 
 
 class Totals:
-    """Sums over one step's loss tokens on this rank, from which, with its rollouts, its metrics are made."""
+    """Sums over one step's loss tokens on this rank; `metrics` adds its rollouts."""
 
     def __init__(self):
         self.sums = dict.fromkeys(("loss", "tokens", *STATS), 0.0)
@@ -1714,7 +1708,7 @@ class Totals:
 
 
 def learning_rate(step: int, args: Any, steps: int = 0) -> float:
-    """Linear warm-up over --warmup steps, then constant; given `steps`, a cosine to zero at the last."""
+    """Linear warm-up over --warmup steps, then constant; given `steps`, a cosine that ends near zero."""
     if step <= args.warmup:
         return args.lr * step / args.warmup
     progress = (step - args.warmup) / max(1, steps - args.warmup + 1)
@@ -1737,7 +1731,10 @@ def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
 
 
 def optimizer_step(run: Run, lr: float) -> float:
-    """Steps with the clipped gradient, summed over ranks by FSDP, if it is finite; returns its norm."""
+    """Steps with the clipped gradient, if it is finite; returns the norm before clipping.
+
+    FSDP has summed the gradient over ranks.
+    """
     params = run.optimizer.param_groups[0]["params"]
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -1787,7 +1784,7 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 
 def load_checkpoint(run: Run) -> int:
-    """Loads the newest checkpoint; returns the steps done, 0 without one. Later lines leave the logs."""
+    """Loads the newest checkpoint; returns the steps done. Log lines of later steps are dropped."""
     newest, done = max((run.out / "checkpoints").glob("step-*"), default=None), -1
     if newest:
         try:
@@ -1835,7 +1832,8 @@ def evaluate(run: Run, sampler: Sampler, model: nn.Module, step: int, how: Sampl
     scores = run.state["scores"]
     scores["last"] = {"step": step, "avg": metrics[f"eval/{avg}"], "se": metrics["eval/se"]}
     scores.setdefault("base", scores["last"])
-    if scores["last"]["avg"] > scores.setdefault("best", scores["base"])["avg"]:
+    scores.setdefault("best", scores["base"])
+    if scores["last"]["avg"] > scores["best"]["avg"]:
         scores["best"] = scores["last"]
         card = model_card(run, scores["best"], f"Best {next(iter(run.evals))}: {scores['best']}")
         save_folder(run, model, "best", card)
@@ -1843,7 +1841,10 @@ def evaluate(run: Run, sampler: Sampler, model: nn.Module, step: int, how: Sampl
 
 
 def evaluate_set(run: Run, sampler: Sampler, model: nn.Module, step: int, how: Sampling, place: int) -> dict:
-    """One set over all ranks, drawn alike at every step; its first four completions go to samples.jsonl."""
+    """One set over all ranks; its first four completions go to samples.jsonl.
+
+    Prompts and random numbers are the same at every step, on any number of processes.
+    """
     n, (name, rows) = run.args.eval_samples, list(run.evals.items())[place]
     asked = repeat(run.share(rows), n)
     prompts, keys = [row["prompt_ids"] for row in asked], [row["rollout_key"] for row in asked]
@@ -2198,7 +2199,7 @@ def read_tests(row: dict) -> dict:
         named = {"stdin": True, "functional": isinstance(tests.get("fn_name"), str)}[tests["testtype"]]
         if not (paired and texts and named and 0 < limit < 3600):
             raise ValueError("these columns do not go together")
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         wanted = "as many inputs as outputs, all texts, and testtype stdin, or functional with fn_name"
         problem = f"'tests' cannot be used ({type(error).__name__}: {error})"
         raise InputError(f"{row.get('where', 'this row')}: {problem}; expected {wanted}") from None
@@ -2245,7 +2246,7 @@ def run_program(program: str, tests: dict, unsafe: bool) -> list[tuple[str, str]
     command = [*([] if unsafe else sandbox_command()), sys.executable, "-I", "-B", "-X", "utf8", "-c", RUNNER]
     job = {key: tests.get(key) for key in ("inputs", "testtype", "fn_name", "time_limit")}
     job["program"] = program
-    seconds = 11 * tests["time_limit"] + START_SECONDS  # the runner stops after 10 or 11 tests' worth
+    seconds = 11 * tests["time_limit"] + 2 * START_SECONDS  # the runner stops by itself before
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cwd, start_process(command, cwd) as child:
         try:
             printed = child.communicate(json.dumps(job).encode(), timeout=seconds)[0]
@@ -2352,7 +2353,7 @@ def run(text):
             os.kill(-1, signal.SIGKILL)
             os.waitpid(-1, 0)
     output, trace = (os.pread(file.fileno(), 4 << 20, 0).decode(errors='replace') for file in files[1:])
-    if late:
+    if late or status == signal.SIGXCPU:    # killed by it, without a core
         return 'timeout', ''
     if status:
         return 'error', trace or f'The program ended with status {os.waitstatus_to_exitcode(status)}.'
@@ -2363,7 +2364,7 @@ functional = job['testtype'] == 'functional'
 sandboxed = os.getpid() == 1
 if sys.platform == 'linux':
     ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)    # not dumpable: the program cannot open this process's memory
-deadline = time.monotonic() + 10 * job['time_limit']
+deadline = time.monotonic() + 10 * job['time_limit'] + 10
 runs, size = [], 0
 for text in job['inputs']:
     runs.append(run(text))
@@ -2396,7 +2397,8 @@ def load_verifier(name: str, unsafe_code: bool = False) -> Verifier:
     file = beside if path.isidentifier() and beside.is_file() else Path(path)
     if file.suffix != ".py" or not file.is_file():
         known = ", ".join(VERIFIERS)
-        raise InputError(f"--verifier {name}: expected {known}, or file.py:function where file.py exists")
+        there = f"{path or name} is no Python file here"
+        raise InputError(f"--verifier {name}: {there}; expected {known} or path/to/file.py:function")
     try:
         verify = getattr(load_file(file.resolve()), function, None)
     except Exception as error:  # whatever the user's file does
@@ -2582,13 +2584,13 @@ class VllmSampler(Sampler):
             raise RunError(f"it holds {longest} tokens per sequence; raise --engine-cache-gib")
         fixed = dict(temperature=how.temperature, top_p=how.top_p, top_k=0, min_p=0.0, repetition_penalty=1.0)
         fixed |= dict(presence_penalty=0.0, frequency_penalty=0.0, max_tokens=how.max_tokens, ignore_eos=True)
-        answers = self.ask(requests, stop_token_ids=self.eos.tolist(), logprobs=0, **fixed)
+        rollouts, ends = [], self.eos.tolist()
+        answers = self.ask(requests, stop_token_ids=ends, logprobs=0, **fixed)
         first = sum(map(len, parts[:place]))
-        rollouts = []
         for answer in answers[first : first + len(mine)]:
             [output] = answer.outputs
             ids = list(output.token_ids)
-            rollouts.append(Rollout(ids, sent_logps(output.logprobs, ids), ids[-1] in self.eos))
+            rollouts.append(Rollout(ids, sent_logps(output.logprobs, ids), ids[-1] in ends))
         return rollouts
 
     def ask(self, requests: list, **how: Any) -> list:
@@ -2600,8 +2602,12 @@ class VllmSampler(Sampler):
 
 
 def sent_logps(entries: list, ids: list) -> list:
-    """vLLM's log-prob of each of these tokens."""
-    return [read_logps(entry, i, math.inf)[i] for entry, i in zip(entries, ids, strict=True)]
+    """vLLM's log-prob of each of these tokens; ValueError for what cannot be one."""
+    logps = [entry[i].logprob if i in entry else math.nan for entry, i in zip(entries, ids, strict=True)]
+    for i, logp in zip(ids, logps, strict=True):
+        if not -math.inf < logp < 1e-3:
+            raise ValueError(f"says log-prob {logp} of token {i}; expected a number up to 0")
+    return logps
 
 
 def start_vllm(student: nn.Module, run: Run, dtype: str) -> Any:
@@ -2628,17 +2634,3 @@ def start_vllm(student: nn.Module, run: Run, dtype: str) -> Any:
         tensor_parallel_size=args.engine_tensor_parallel,
         distributed_executor_backend="external_launcher" if run.world > 1 else None,
     )
-
-
-def read_logps(entry: dict, sent: int, vocabulary: float) -> dict:
-    """{token: log-prob} of one position as vLLM tells it, here or over HTTP; ValueError if that is wrong."""
-    try:
-        logps = {int(i): float(e["logprob"] if isinstance(e, dict) else e.logprob) for i, e in entry.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"is {str(entry)[:80]!r}, not token ids with log-probs") from error
-    if sent not in logps:
-        raise ValueError(f"has no log-prob of the sent token {sent}, only of {sorted(logps)[:9]}")
-    for i, logp in logps.items():
-        if not (math.isfinite(logp) and logp < 1e-3 and 0 <= i < vocabulary):
-            raise ValueError(f"says log-prob {logp} of token {i}; expected up to 0, below {vocabulary}")
-    return logps

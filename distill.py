@@ -370,7 +370,13 @@ def main(args: Args) -> None:
     )
     teacher = Served(run, len(tokenizer)) if args.teacher_url else None
     if teacher:
-        run.say(teacher.check(stop_ids(args.model), train[0]["prompt_ids"]))
+        problem, compared = "", ""
+        try:
+            compared = teacher.check(stop_ids(args.model), train[0]["prompt_ids"])
+        except InputError as error:
+            problem = str(error)
+        run.agree(problem, InputError)
+        run.say(compared)
     if args.dry_run:
         return run.say(f"student and teacher read: {tokenizer.decode(train[0]['prompt_ids'])}")
 
@@ -543,7 +549,7 @@ class Served:
         """Compare server and student before a model is loaded. Returns what could be compared."""
         fetch, name, ids = self.loop.run_until_complete, self.args.teacher, list(range(self.vocabulary))
         longest = self.args.max_prompt_tokens + self.args.max_completion_tokens + 1
-        filled, decode = (prompt * longest)[: longest - 2], self.run.tokenizer.decode
+        filled, decode = (prompt * (longest // len(prompt) + 1))[: longest - 2], self.run.tokenizer.decode
         try:
             self.ask([(prompt, ids[-1:])])
             for stop in stops:  # does the server end an answer where it is forced to say this token?

@@ -377,8 +377,8 @@ def to_row(raw: dict, train: bool = False) -> dict | None:
             return None
         options = zip(raw["choices"]["label"], raw["choices"]["text"], strict=True)
         question = raw["question"] + "\n\n" + "\n".join(f"{label}: {text}" for label, text in options)
-        user = {"role": "user", "content": question + "\nPlease reason step by step."}
-        row |= {"prompt": [{"role": "system", "content": SCIENCE_SYSTEM}, user], "answer": raw["answerKey"]}
+        row |= {"system": SCIENCE_SYSTEM, "answer": raw["answerKey"]}
+        row["prompt"] = question + "\nPlease reason step by step."
     elif "golden_answer" in raw:  # ToolAlpaca
         row["answer"] = raw["golden_answer"]
     row["prompt"] = as_messages(row["prompt"], row.get("system", ""))
@@ -635,13 +635,11 @@ def main(args: Args) -> None:
         metrics = {**totals.metrics(run, attempts), **found, "train/lr": lr}
         n = run.sum(active=len(samples), dropped=dropped)
         marks = [mark for group in groups for mark in group]
-        metrics |= {
-            "rollout/reward": sum(mark.reward for mark in marks) / len(marks),
-            "rollout/special_tokens": sum(mark.hidden for mark in marks),
-            "distill/active_frac": n["active"] / len(asked),
-            "teacher/dropped_prompts": n["dropped"],
-            "teacher/distance": teacher.distance(),
-        }
+        metrics["rollout/reward"] = sum(mark.reward for mark in marks) / len(marks)
+        metrics["rollout/special_tokens"] = sum(mark.hidden for mark in marks)
+        metrics["distill/active_frac"] = n["active"] / len(asked)
+        metrics["teacher/dropped_prompts"] = n["dropped"]
+        metrics["teacher/distance"] = teacher.distance()
         evaluates = step % args.eval_every == 0 or step == steps
         if args.teacher_samples and distils and args.teacher != "trust_region" and (step == 1 or evaluates):
             metrics |= teacher_accuracy(run, sampler, samples, asked, step)

@@ -429,8 +429,14 @@ def main(args: Args) -> None:
     # Find every error that needs no weights before loading any.
     tokenizer, reviser = load_tokenizer(args.model), Reviser(*PHRASES[args.phrases], args.chat_kwargs, [])
     rows = load_rows(args.data, partial(to_training_row, reviser=reviser, tokenizer=tokenizer))
-    collected, asked, what = all("reviser" in row for row in rows), rows, f"{len(rows)} collected records"
-    if not collected:
+    collected = all("reviser" in row for row in rows)
+    if collected:
+        if args.collect_only:
+            raise InputError(f"--collect-only: {args.data} holds collected records already; leave it out")
+        if any((row["revision"] < 0) != (args.method == "rft") for row in rows if not row["dropped"]):
+            raise InputError(f"--data {args.data}: collected with another --method than {args.method}")
+        asked, what = rows, f"{len(rows)} collected records"
+    else:
         train = tokenize(rows, tokenizer, args)
         questions = min(args.questions or len(train), len(train))
         asked = step_rows(train, 1, questions, args.attempts, args.seed)
@@ -447,12 +453,13 @@ def main(args: Args) -> None:
     records = rows if collected else collect(run, sampler, student, asked, reviser)
     if records is None:
         return
-    kept, dropped = [r for r in records if not r["dropped"]], [r["dropped"] for r in records]
-    run.say(", ".join(f"{dropped.count(why)} {why or 'kept'}" for why in sorted({"", *dropped})))
+    kept, reasons = [r for r in records if not r["dropped"]], [r["dropped"] for r in records]
+    run.say(", ".join(f"{reasons.count(why)} {why or 'kept'}" for why in sorted({"", *reasons})))
     if args.collect_only:
         return run.say(f"to train on {run.out}/revisions.jsonl: --resume here, or --data in another run")
     if not kept:
-        raise InputError("no record was kept; use easier questions or more --revisions")
+        source = args.data if collected else run.out / "revisions.jsonl"
+        raise InputError(f"{source}: no record was kept; use easier questions or more --revisions")
     if args.method == "srt":
         contract = reviser._replace(questions=sorted({r["question"] for r in records}))
         run.files["srt.json"] = json.dumps(contract._asdict(), indent=1)

@@ -261,6 +261,7 @@ def test_one_buffer_serves_several_optimiser_steps(tiny, tmp_path, monkeypatch):
     assert len(calls) == 3 and all(r["distill/is_ratio_mean"] == pytest.approx(1, abs=1e-5) for r in on[1:])
     off = run_here("distill", tmp_path / "off", tiny, "--objective policy_gradient --mini-batch 2 --lr 1e-2")
     assert len(calls) == 3 + 12 and any(abs(r["distill/is_ratio_mean"] - 1) > 1e-2 for r in off[1:])
+    assert all(r["rollout/logp_gap_max"] < 1e-4 for r in off[1:])  # of the first step alone
 
 
 def test_a_teacher_equal_to_the_student_teaches_nothing(tiny, tmp_path):
@@ -313,8 +314,8 @@ MISTAKES = """--objective sft | add --lmbda 0 .it is 1.0
 --teacher-url http://x/v1 --support student_topk --topk 5 | --support student_topk is not for --teacher-url
 --teacher-url http://x/v1 --objective sft --lmbda 0 | a server scores answers
 --teacher-url http://x/v1 --lmbda 0 --outputs teacher | a server scores answers
---teacher /nowhere | --teacher /nowhere: no folder or hub id with a tokenizer
---verifier nothing | --verifier nothing: expected"""
+--teacher /nowhere | --teacher /nowhere: no tokenizer could be loaded
+--verifier nothing | --verifier nothing: nothing is no Python file here; expected"""
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.split("\n"))

@@ -153,8 +153,8 @@ def test_a_source_without_data_says_what_would_work(source, message, tmp_path, m
         ("[" * 100000, ":1: not a JSON object: maximum recursion depth"),
         ('{"prompt": "a", "privileged_context": "b"}\n\n{}\n', ":3: missing column 'prompt'"),
         ('{"prompt": "a", "privileged_context": "b"}\n\nnull\n', ":3: expected a JSON object"),
-        ("caf\xe9".encode("latin-1"), ": not UTF-8 text; unpack or convert the file first"),
-        (gzip.compress(b'{"prompt": "a"}'), ": not UTF-8 text; unpack or convert the file first"),
+        ("caf\xe9".encode("latin-1"), ": expected UTF-8 text; unpack or convert the file first"),
+        (gzip.compress(b'{"prompt": "a"}'), ": expected UTF-8 text; unpack or convert the file first"),
     ],
 )
 def test_errors_name_file_and_row(text, message, tmp_path):
@@ -396,7 +396,7 @@ def test_a_prompt_may_end_with_a_tools_message():
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] or 'ok'")
     tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])
-    ids = sdpo.teacher_ids(sdpo.to_row({"prompt": prompt}), "no", "", tokenizer, args)
+    ids = sdpo.teacher_ids(sdpo.to_row({"prompt": prompt}), "no", [], tokenizer, args)
     text = "<|user|>so<|end|><|assistant|>ok<|end|><|tool|>42<|end|><|user|>so;"
     assert tokenizer.decode(ids).startswith(text)
 

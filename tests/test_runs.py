@@ -256,7 +256,7 @@ def test_evaluation_statistics_by_hand(tiny, tmp_path, judge):
 MISTAKES = {
     "--preset sience": "--preset sience: expected one of toy, smol, tooluse, science, medical, knowledge",
     "--learning-rate 1": "--learning-rate",
-    "--model {tmp}/nothing": "nothing: no folder or hub id with a tokenizer",
+    "--model {tmp}/nothing": "nothing: no tokenizer could be loaded",
     "--data {tmp}/nothing.jsonl": "nothing.jsonl: no data could be loaded (no such file)",
     "--data {tmp}/columns.jsonl": "columns.jsonl:1: missing column 'privileged_context' (found: prompt,",
     "--max-prompt-tokens 3": "none of the 24 rows fits; raise --max-prompt-tokens, --max-teacher-tokens",
@@ -301,6 +301,9 @@ def test_changed_data_is_refused_on_resume_and_flags_of_speed_are_not(tiny, tmp_
     data, text = tmp_path / "data.jsonl", tiny.data.read_text()
     data.write_text(text)
     run_here("sdft", tmp_path / "r", tiny, f"--data {data}")
+    for flag, was, now in (("ema-rate", 0.01, 0.5), ("seed", 0, 1)):
+        with pytest.raises(common.InputError, match=f"was started with --{flag} {was}, not {now}"):
+            run_here("sdft", tmp_path / "r", tiny, f"--data {data} --resume --{flag} {now}")
     data.write_text(text.replace("zig:47210", "zig:47211", 1))
     with pytest.raises(common.InputError, match="the data or the chat template changed since"):
         run_here("sdft", tmp_path / "r", tiny, f"--data {data} --resume")
@@ -327,7 +330,7 @@ def test_dry_run_checks_and_shows_both_sides_but_leaves_nothing(script, tiny, tm
 def test_non_finite_gradients_skip_and_then_stop(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("sdft.learning_rate", lambda *a: float("inf"))
     with pytest.raises(common.RunError, match="five gradients in a row were not finite"):
-        run_here("sdft", tmp_path / "r", tiny, "--steps 9")
+        run_here("sdft", tmp_path / "r", tiny, "--steps 5")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

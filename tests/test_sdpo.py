@@ -590,6 +590,19 @@ def test_stale_rollouts_make_the_ratio_leave_one(tiny, tmp_path, judge):
     off = run_here("sdpo", tmp_path / "off", tiny, f"{judge} --mini-batch 1 --lr 1e-2")
     assert all(r["distill/is_ratio_mean"] == pytest.approx(1, abs=1e-5) for r in on[1:])
     assert any(abs(r["distill/is_ratio_mean"] - 1) > 1e-2 for r in off[1:])
+    assert all(r["rollout/logp_gap_max"] < 1e-4 for r in off[1:])  # of the first step alone
+
+
+def test_a_masked_token_does_not_count_in_its_answers_mean(world):
+    values = per_token(world, jsd)[0]
+    part = world.samples[0]._replace(mask=[True, True, False, False, False])
+    assert loss_of(world, [part]).item() == pytest.approx(sum(values[:2]) / 2 / 3, rel=1e-5)
+
+
+def test_hindsight_that_never_fits_is_counted_and_nothing_is_learned(tiny, tmp_path, judge):
+    flags = f"{judge} --steps 1 --hindsight feedback --max-teacher-tokens 10"
+    row = run_here("sdpo", tmp_path / "r", tiny, flags)[1]
+    assert (row["teacher/dropped_prompts"], row["distill/active_frac"]) == (24, 0)
 
 
 def test_the_teachers_accuracy_is_that_of_its_own_answers(tiny, tmp_path, judge, monkeypatch):

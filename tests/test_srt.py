@@ -97,12 +97,26 @@ def test_flags_of_the_collection(scripted):
     assert kept == {("2", 0), ("2", 1), ("9", 0), ("7", 0), ("55", 0), ("55", 1)}
     records = scripted.run("--no-revise-right")
     assert records[("2", -1)]["dropped"] == "right, not revised" and ("2", 0) not in records
-    kept = [r for r in scripted.run("--target 1 --collect-batch 1").values() if not r["dropped"]]
-    assert len({r["where"] for r in kept}) == 1
+    for target in (1, 2):
+        records = scripted.run(f"--target {target} --collect-batch 1").values()
+        assert len({r["where"] for r in records if not r["dropped"]}) == target
     assert len({r["where"] for r in scripted.run("--questions 2").values()}) == 2
     assert {r["dropped"] for r in scripted.run("--max-tokens 15").values()} >= {"20 tokens"}
     half = {"revision": 0, "y1_finished": True, "y1_reward": 0.4}
     assert why_not(half, set(), Args()) == "wrong"
+
+
+def test_every_revision_of_every_attempt_has_random_numbers_of_its_own(scripted, monkeypatch):
+    for question, (first, revised) in SAYS.items():
+        monkeypatch.setitem(SAYS, question, (first, revised * 2))
+    scripted.run("--attempts 2")
+    keys = [key for stream, key, _ in scripted.asked if stream[-1] == 1]
+    assert len(set(keys)) == len(keys) == 16
+
+
+def test_what_a_collection_cost(tiny, tmp_path):
+    row = run_here("srt", tmp_path / "r", tiny, "--questions 4 --attempts 2 --revisions 2 --steps 1")[0]
+    assert (row["collect/questions"], row["collect/rollouts"]) == (4, 8 + 16)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +342,9 @@ def test_records_of_another_collection_are_refused(tiny, tmp_path):
             run_here("srt", tmp_path / "t", tiny, f"--data {other} {more}")
 
     refused("other.jsonl:1: collected with .* use the same --phrases and --chat-kwargs", "", *good)
+    refused("other.jsonl: collected with another --method than rft", "--phrases olmo --method rft", *good)
+    refused("other.jsonl holds collected records already", "--phrases olmo --collect-only", *good)
+    refused("other.jsonl: no record was kept", "--phrases olmo", *({**r, "dropped": "wrong"} for r in good))
     refused("use the same --phrases and --chat", '--phrases olmo --chat-kwargs {"enable_thinking":false}', *good)
     foreign = {**good[2], "phrase_ids": [30, *good[2]["phrase_ids"]]}
     refused("other.jsonl:3: collected with another tokenizer", "--phrases olmo", *good[:2], foreign)

@@ -1,6 +1,7 @@
 """The teacher moves by the rule, in fp32, from the weights in memory, and never receives a gradient."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import make_model
 from transformers import AutoModelForCausalLM
 
 from common import InputError, Objective, Run, Teacher, completion_states, distill_loss
-from common import head_of, load_model, make_optimizer, token_logps
+from common import head_of, learning_rate, load_model, make_optimizer, token_logps
 
 PAIRS = [([3, 20, 21, 5, 4], [30, 31, 5]), ([3, 22, 5, 4], [32, 33, 34, 35, 5])]
 Y_N = torch.tensor([token for _, y in PAIRS for token in y])
@@ -19,7 +20,7 @@ Y_N = torch.tensor([token for _, y in PAIRS for token in y])
 @pytest.fixture
 def run():
     args = dict(out="/nowhere", seed=0, dtype="auto", activation_checkpointing=False)
-    return Run(SimpleNamespace(**args, lr=1e-3, adam_betas=(0.9, 0.999), weight_decay=0.0))
+    return Run(SimpleNamespace(**args, lr=1e-3, adam_betas=(0.8, 0.95), weight_decay=0.02))
 
 
 @pytest.fixture(params=[0, 2], ids=["full", "lora"])
@@ -51,6 +52,13 @@ def student_logits(student):
 def divergence(student, targets):
     h_ND, weight_N = completion_states(student, PAIRS), torch.ones(len(Y_N))
     return distill_loss(h_ND, head_of(student), targets, Y_N, weight_N, Objective())[0]
+
+
+def test_the_optimizer_is_adamw_with_the_flags(student, run):
+    [group] = make_optimizer(student, run.args).param_groups
+    assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.8, 0.95), 0.02, 1e-3)
+    rates = [learning_rate(step, SimpleNamespace(lr=2.0, warmup=2), 5) for step in range(1, 6)]
+    assert rates == pytest.approx([1, 2] + [1 + math.cos(math.pi * t / 4) for t in (1, 2, 3)])
 
 
 @pytest.mark.parametrize("kind", ["ema", "base", "live", "trust_region"])

@@ -501,8 +501,8 @@ def test_the_outputs_of_all_tests_together_are_bounded():
 
 
 def test_the_total_time_is_bounded_when_every_test_is_slow(monkeypatch):
-    assert "10 * job['time_limit']" in verifiers.RUNNER
-    monkeypatch.setattr(verifiers, "RUNNER", verifiers.RUNNER.replace("10 * job", "job"))
+    assert "10 * job['time_limit'] + 10" in verifiers.RUNNER
+    monkeypatch.setattr(verifiers, "RUNNER", verifiers.RUNNER.replace("10 * job['time_limit'] + 10", "job['time_limit']"))
     tests = {"inputs": [str(i) for i in range(99)], "outputs": [""] * 99, "testtype": "stdin", "time_limit": 3}
     reward, feedback = code(fenced("import time\ntime.sleep(0.2)"), {"tests": tests})
     title, last = feedback.split("\n\nLast Executed Input\n")
@@ -643,9 +643,9 @@ def test_code_stops_at_the_first_error():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("exakt", "expected exact, choice, tool_use, math, code, or file.py:function"),
-        ("nothing:f", "--verifier nothing:f: expected exact"),
-        ("no.py:f", "--verifier no.py:f: expected exact.* where file.py exists"),
+        ("exakt", "expected exact, choice, tool_use, math, code or path/to/file.py:function"),
+        ("nothing:f", "--verifier nothing:f: nothing is no Python file here; expected exact"),
+        ("no.py:f", "--verifier no.py:f: no.py is no Python file here; expected exact"),
         ("torn.py:f", "torn.py:f: SyntaxError: expected ':' .torn.py, line 1."),
         ("my_verifiers.py:none", "defines no function none"),
         ("my_verifiers.py:not_callable", "defines no function not_callable"),
