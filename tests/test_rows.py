@@ -4,6 +4,7 @@ import gzip
 import importlib
 import json
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -85,6 +86,15 @@ def test_a_downloaded_folder_of_parquet_files_is_read(tmp_path):
     assert [row["answer"] for row in load_rows(f"{folder}@test", dict)] == ["3", "4"]
     with pytest.raises(InputError, match="set@best: no data could be loaded .*'train', 'test'"):
         load_rows(f"{folder}@best", dict)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read, even by root")
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path):
+    (tmp_path / "rows.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(InputError, match="^rows.jsonl: expected UTF-8 text.*Input/output error"):
+        load_rows(str(tmp_path / "rows.jsonl"), dict)
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "folder.json")
+    assert len(load_rows(str(tmp_path / "folder.json"), dict)) == len(ROWS)
 
 
 def test_evaluation_sets_name_their_split_and_keep_apart(tmp_path):

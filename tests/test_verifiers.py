@@ -257,6 +257,11 @@ DIVIDED = "ZeroDivisionError: integer division or modulo by zero\nLine 5 in <mod
         (fenced("print("), {}, f"Runtime Error\nSyntaxError: '(' was never closed (solution.py, line 1){LAST}1 2"),
         (fenced("raise SystemExit(3)"), {}, f"Runtime Error\nThe program ended with status 3.{LAST}1 2"),
         (fenced("while True: pass"), {"time_limit": 0.3}, f"Time Limit Exceeded{LAST}1 2"),
+        (  # its processor time, as several threads use it up
+            fenced("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 2))\nwhile True: pass"),
+            {"time_limit": 20},
+            f"Time Limit Exceeded{LAST}1 2",
+        ),
         (RIGHT, {}, NO_BLOCK),
         ("", {}, NO_BLOCK),
         ("```python\n" + RIGHT, {"truncated": True}, CUT),
