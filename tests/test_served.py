@@ -505,4 +505,5 @@ def test_real_vllm_equals_the_local_teacher(tiny, tmp_path, monkeypatch):
             same(served, run_here("distill", tmp_path / f"local{i}", tiny, flags), rel=1e-5)
         for more in ("--max-prompt-tokens 600", "--teacher another", "--topk 21"):
             with pytest.raises(InputError, match="is vLLM up, with --max-model-len"):
-                run_here("distill", tmp_path / "r", tiny, f"{flags} {forms[0]} --teacher-url {url} {more}")
+                flags = f"--teacher {teacher} {forms[0]} --teacher-url {url} {more}"
+                run_here("distill", tmp_path / "r", tiny, flags)
