@@ -297,8 +297,7 @@ def to_training_row(raw: dict, reviser: Reviser, tokenizer: Any) -> dict:
 def collect(run: Any, sampler: Any, student: Any, asked: list, reviser: Reviser) -> list | None:
     """Section 3.1, phase 1: the records of revisions.jsonl, one per revision (rft: attempt), kept or not.
 
-    Until the last batch is there, every batch is a file of its own: a killed collection repeats at most one.
-    None after SIGTERM or Ctrl-C.
+    Every batch is at first a file of its own: a killed collection repeats at most one. None after a signal.
     """
     args, final, folder = run.args, run.out / "revisions.jsonl", run.out / "collected"
     if not run.sum(missing=not final.exists())["missing"]:  # of any rank, before one of them writes it
@@ -458,8 +457,7 @@ def main(args: Args) -> None:
     if args.collect_only:
         return run.say(f"to train on {run.out}/revisions.jsonl: --resume here, or --data in another run")
     if not kept:
-        source = args.data if collected else run.out / "revisions.jsonl"
-        raise InputError(f"{source}: no record was kept; use easier questions or more --revisions")
+        raise InputError(f"--data {args.data}: no record was kept; use easier questions or more --revisions")
     if args.method == "srt":
         contract = reviser._replace(questions=sorted({r["question"] for r in records}))
         run.files["srt.json"] = json.dumps(contract._asdict(), indent=1)
@@ -471,15 +469,13 @@ def main(args: Args) -> None:
     eval_sampling = Sampling(eval_tokens, args.eval_temperature, args.eval_top_p)
     done = run.start_training(steps, student, None)
     if not done:
+        metrics = evaluate(run, sampler, student, 0, eval_sampling)
+        metrics |= revise(run, sampler, student, eval_sampling, reviser)
         attempts = [r["attempt"] for r in records if r["revision"] < 1]
-        drawn = len(attempts) + sum(r["revision"] >= 0 for r in records)
-        counts = {
-            "collect/questions": attempts.count(0),
-            "collect/rollouts": drawn,
-            "collect/kept": len(kept),
-        }
-        measured = evaluate(run, sampler, student, 0, eval_sampling)
-        run.log(0, counts | measured | revise(run, sampler, student, eval_sampling, reviser))
+        metrics["collect/questions"] = attempts.count(0)
+        metrics["collect/rollouts"] = len(attempts) + sum(r["revision"] >= 0 for r in records)
+        metrics["collect/kept"] = len(kept)
+        run.log(0, metrics)
 
     for step in range(done + 1, steps + 1):
         loss_name, part, at, length = plan[step - 1]

@@ -344,7 +344,7 @@ def test_records_of_another_collection_are_refused(tiny, tmp_path):
     refused("other.jsonl:1: collected with .* use the same --phrases and --chat-kwargs", "", *good)
     refused("other.jsonl: collected with another --method than rft", "--phrases olmo --method rft", *good)
     refused("other.jsonl holds collected records already", "--phrases olmo --collect-only", *good)
-    refused("other.jsonl: no record was kept", "--phrases olmo", *({**r, "dropped": "wrong"} for r in good))
+    refused("--data .*other.jsonl: no record was kept", "--phrases olmo", *({**r, "dropped": "wrong"} for r in good))
     refused("use the same --phrases and --chat", '--phrases olmo --chat-kwargs {"enable_thinking":false}', *good)
     foreign = {**good[2], "phrase_ids": [30, *good[2]["phrase_ids"]]}
     refused("other.jsonl:3: collected with another tokenizer", "--phrases olmo", *good[:2], foreign)
