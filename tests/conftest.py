@@ -22,6 +22,7 @@ import toy  # noqa: E402
 
 QUICK = {"test_loss", "test_models", "test_readme", "test_rows", "test_sampler", "test_settings"}
 QUICK |= {"test_teacher", "test_verifiers"}
+LONG = "endless_answer", "total_time"  # they wait for limits of time
 WORLD = {"test_learning", "test_toy"}  # last: they need the laptop worlds, which take minutes to make
 
 
@@ -34,7 +35,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: item.module.__name__ in WORLD)
     for item in items:
-        if item.module.__name__ in QUICK:
+        if item.module.__name__ in QUICK and not any(name in item.name for name in LONG):
             item.add_marker("quick")
 
 
