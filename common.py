@@ -165,13 +165,23 @@ def decode(model: nn.Module, prompts: list, noise_BT: Tensor, eos: Tensor, how: 
     return rollouts
 
 
+class Cache(transformers.DynamicCache):
+    """Keys in the dtype of the values.
+
+    Rotary embeddings make keys float32; under autocast, attention would convert all of them at every token.
+    """
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+
+
 def prefill(model: nn.Module, prompts: list) -> tuple[Tensor, Tensor, Any]:
     """Last state [B, D] of each prompt, attention mask [B, L] and cache. Equal prompts are read once."""
     places = {}  # of the distinct prompts in the batch that is read
     which = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
     which_B = torch.tensor(which, device=model.device)
     ids_BL, mask_BL = padded(list(places), "left", model.device)
-    cache = transformers.DynamicCache(config=model.config)
+    cache = Cache(config=model.config)
     h_BLD = next_states(model, ids_BL, mask_BL, cache)
     cache.reorder_cache(which_B)
     return h_BLD[which_B, -1], mask_BL[which_B], cache
@@ -237,9 +247,10 @@ def completion_states(model: nn.Module, pairs: list) -> Tensor:
     """
     pairs = pairs or [([0], [])]
     if model.shares_prompts:
-        h_BD, mask_BL, cache = prefill(model, [prompt for prompt, _ in pairs])
         ids_BT, mask_BT = padded([y[:-1] or [0] for _, y in pairs], "right", model.device)
-        h_BTD = next_states(model, ids_BT, torch.cat([mask_BL, mask_BT], 1), cache)
+        with precision_of(model):
+            h_BD, mask_BL, cache = prefill(model, [prompt for prompt, _ in pairs])
+            h_BTD = next_states(model, ids_BT, torch.cat([mask_BL, mask_BT], 1), cache)
         h_BLD = torch.cat([h_BD[:, None], h_BTD], 1)
         starts = [0] * len(pairs)
     else:
@@ -476,8 +487,9 @@ class _DistillLoss(torch.autograd.Function):
         active = inputs.weight_N.nonzero()[:, 0]
         chunk = min(inputs.objective.chunk, len(active))
         rows = max(1, BLOCK[W.device.type] // V)
-        new = partial(torch.zeros, dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
-        buffer_SNV = new(len(heads), chunk, V)
+        options = dict(dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
+        buffer_SNV = torch.empty(len(heads), chunk, V, **options)
+        new = partial(torch.zeros, **options)
         loss_N, stats_SN = new(len(h_ND)), new(len(STATS), len(h_ND))
         _, need_w, need_b, _ = ctx.needs_input_grad
         d_h = torch.zeros_like(h_ND)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import transformers
 from conftest import make_model, run_here
 
 import common
@@ -92,6 +93,23 @@ def test_states_and_gradients_are_those_of_whole_texts(name, lora, attention, tm
     check(model)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "window", "hybrid"])
+def test_in_bf16_the_cache_holds_keys_in_bf16_and_nothing_else_changes(name, tmp_path, run, monkeypatch):
+    run.computes_in_bf16 = True
+    model, prompts = make(tmp_path, name, run), [A, B, A]
+    with torch.no_grad():
+        ours = common.prefill(model, prompts)
+        monkeypatch.setattr(common, "Cache", transformers.DynamicCache)
+        plain = common.prefill(model, prompts)
+        (h, mask, cache), (wanted, _, other) = ours, plain
+        dtypes = [{layer.keys.dtype for layer in c.layers if hasattr(layer, "keys")} for c in (cache, other)]
+        assert dtypes == [{torch.bfloat16}, {torch.float32}]
+        assert torch.equal(h, wanted)
+        ids, mask = torch.tensor([[30, 31], [32, 33], [34, 35]]), torch.cat([mask, mask.new_ones(3, 2)], 1)
+        h, wanted = (common.next_states(model, ids, mask, c) for c in (cache, other))
+        assert torch.equal(h, wanted)
+
+
 def watch(monkeypatch, model, shapes):
     """Notes the shape of all that the model reads."""
     read_it = model.read
@@ -114,7 +132,9 @@ def test_each_prompt_is_read_once_by_student_and_teacher(tmp_path, run, monkeypa
 
 
 @pytest.mark.parametrize("name, checkpointing", [("hybrid", False), ("qwen3", True)])
-def test_a_model_that_cannot_share_reads_each_text_whole_and_says_so(name, checkpointing, tmp_path, run, capsys):
+def test_a_model_that_cannot_share_reads_each_text_whole_and_says_so(
+    name, checkpointing, tmp_path, run, capsys
+):
     run.args.activation_checkpointing = checkpointing
     model = make(tmp_path, name, run)
     assert not model.shares_prompts
