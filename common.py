@@ -748,7 +748,8 @@ def load_model(
 ) -> nn.Module:
     """A causal LM in `dtype` (fp32: master weights) on this rank's device, in eval mode: dropout is off.
 
-    `lora_rank` > 0 freezes it and trains adapters on every linear layer but the head (alpha = 2 rank). The
+    `lora_rank` > 0 freezes it and trains adapters on every linear layer but the head (alpha = 2 rank); one
+    process keeps the weights under them in bf16 if they were saved in bf16 and forward passes use it. The
     first process reads and checks the weights; several processes keep a shard of every layer each (FSDP2).
     """
     model, problem = None, ""
@@ -759,6 +760,10 @@ def load_model(
         problem = str(error)
     run.agree(problem, InputError)
     if run.mesh is None:
+        if run.computes_in_bf16 and model.config.dtype == torch.bfloat16:
+            for name, p in model.named_parameters():
+                if ".base_layer.weight" in name:  # frozen, and saved in bf16: no float32 copy is needed
+                    p.data = p.data.bfloat16()
         model.to(run.device)
     else:
         traits = [(model.config, model.generation_config, model.shares_prompts)] if model else []
@@ -973,7 +978,7 @@ def full_weights(model: nn.Module) -> Any:
     for name, tensor in model.state_dict().items():
         layer, has_adapter, _ = name.partition(".base_layer.weight")
         if has_adapter:
-            tensor = tensor + model.get_submodule(layer).get_delta_weight("default").to(tensor.dtype)
+            tensor = tensor + model.get_submodule(layer).get_delta_weight("default")
         if "lora_" not in name:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             yield name.replace(".base_layer.", "."), whole
@@ -1299,7 +1304,7 @@ class RunArgs:
     engine_tensor_parallel: int = 1
     """vllm: number of processes that share one engine, each with a part of every layer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of forward passes; auto is bfloat16 on CUDA. Weights, EMA and loss are always float32."""
+    """Precision of forward passes; auto is bfloat16 on CUDA. Trained weights, EMA and loss stay float32."""
     activation_checkpointing: bool = False
     """Keep only the layers' inputs for the backward pass: a third more time, a fraction of the memory."""
     unsafe_code: bool = False

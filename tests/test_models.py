@@ -254,6 +254,28 @@ def test_a_bf16_folder_is_trained_in_fp32_without_dropout_and_saved_in_bf16(lora
     assert torch.equal(model(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_in_bf16_the_weights_under_adapters_stay_as_they_were_saved(family, tmp_path, run):
+    """States, gradients and the saved folder are those of float32 copies."""
+    folder = make_model(tmp_path / "m", family)
+    AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    run.computes_in_bf16 = True
+    model = load_model(str(folder), run, 2)
+    disturb_lora(model)
+    names = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert names == {name for name, p in model.named_parameters() if ".base_layer.weight" in name}
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, p in model.named_parameters():
+            p.data = p.data.to(dtype if name in names else torch.float32)
+        model.zero_grad()
+        h_ND = completion_states(model, PAIRS)
+        h_ND.square().sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        found.append([h_ND, *gradients, *(w for _, w in full_weights(model))])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 LLAMA_LAYERS = {f"self_attn.{name}_proj" for name in "qkvo"}
 LLAMA_LAYERS |= {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 GPT2_LAYERS = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
