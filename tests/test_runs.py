@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import json
+import math
 import os
 import re
 import signal
@@ -13,8 +14,19 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import JUDGE, ROOT, checkpoint, flags_of, killed_after, launch, make_model
-from conftest import metrics_of, part, run_here, same
+from conftest import (
+    JUDGE,
+    ROOT,
+    checkpoint,
+    flags_of,
+    killed_after,
+    launch,
+    make_model,
+    metrics_of,
+    part,
+    run_here,
+    same,
+)
 from safetensors.torch import load_file
 
 import common
@@ -84,6 +96,7 @@ def test_resume_continues_bit_for_bit(more, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(common.Run, "text", lambda run, y: f"{text(run, y)}\u2028\u2029\u0085")
     more += " --steps 6 --save-every 2 --eval-every 1 --eval-temperature 1"
     whole = run_here("sdft", tmp_path / "whole", tiny, more)
+    assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 2  # of three
     with killed_after(5):
         run_here("sdft", tmp_path / "cut", tiny, more)
     logs = [[tmp_path / run / name for name in ("metrics.jsonl", "samples.jsonl")] for run in ("whole", "cut")]
@@ -226,15 +239,17 @@ def test_the_model_card_has_the_metadata_of_the_hub(tiny, tmp_path, monkeypatch)
 
 
 def test_best_holds_the_weights_of_the_best_evaluation(tiny, tmp_path, judge):
-    """A verifier that likes one step only; later and worse weights do not replace it."""
-    likes_step_1 = judge(
+    """A verifier that likes two steps only; neither equal nor worse weights replace the first."""
+    likes_1_and_2 = judge(
         "import collections\ncalls = collections.Counter()\ndef judge(completion, row):\n"
-        "    calls[row['id']] += 1\n    return float(calls[row['id']] == 2)\n"
+        "    calls[row['id']] += 1\n    return float(calls[row['id']] in (2, 3))\n"
     )
-    rows = run_here("sdft", tmp_path / "r", tiny, f"{likes_step_1} --eval-every 1 --save-every 1 --steps 2")
-    best = load_file(tmp_path / "r" / "best" / "model.safetensors")
-    assert [row["eval/avg@1"] for row in rows] == [0, 1, 0]
-    assert equal(best, part(checkpoint(tmp_path / "r", 1), "student"))
+    rows = run_here("sdft", tmp_path / "r", tiny, f"{likes_1_and_2} --schedule constant --eval-every 1 --steps 3")
+    run_here("sdft", tmp_path / "one", tiny, "--schedule constant --steps 1")
+    folders = [tmp_path / "r" / "best", tmp_path / "one" / "last", tmp_path / "r" / "last"]
+    best, first, last = (load_file(folder / "model.safetensors") for folder in folders)
+    assert [row["eval/avg@1"] for row in rows] == [0, 1, 1, 0]
+    assert equal(best, first) and not equal(best, last)
     assert "best 1.000 ± 0.000 (step 1), last 0.000" in (tmp_path / "r" / "run_card.md").read_text()
 
 
@@ -332,6 +347,14 @@ def test_non_finite_gradients_skip_and_then_stop(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("sdft.learning_rate", lambda *a: float("inf"))
     with pytest.raises(common.RunError, match="five gradients in a row were not finite"):
         run_here("sdft", tmp_path / "r", tiny, "--steps 6")  # the first one makes the weights infinite
+
+
+def test_four_gradients_in_a_row_may_be_skipped_again_and_again(tiny, tmp_path, monkeypatch):
+    norms = [*[math.inf] * 4, 1.0, *[math.nan] * 4]
+    clip = Mock(side_effect=[torch.tensor(norm) for norm in norms])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    rows = run_here("sdft", tmp_path / "r", tiny, "--steps 9")
+    assert [row["train/skipped"] for row in rows[1:]] == [1, 2, 3, 4, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
