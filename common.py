@@ -21,6 +21,7 @@ import asyncio
 import collections
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import decimal
 import functools
@@ -1520,6 +1521,9 @@ class Run:
         return stop
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
 def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any, graded: bool = False) -> Run:
     """Verifier, evaluation sets, process group from torchrun's environment, output folder, signals.
 
@@ -1536,6 +1540,9 @@ def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any, graded: bool =
         raise InputError(f"--wandb-project {args.wandb_project} needs wandb: pip install wandb")
     if run.device.type == "cuda":
         torch.cuda.set_device(run.device)
+    elif sys.platform == "linux":  # keep freed memory: page faults of new memory take a tenth of a step
+        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, -1)):
+            ctypes.CDLL(None).mallopt(option, value)
     if run.world > 1:
         if not dist.is_initialized():
             backend = "nccl" if run.device.type == "cuda" else "gloo"
