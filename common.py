@@ -1521,9 +1521,6 @@ class Run:
         return stop
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
 def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any, graded: bool = False) -> Run:
     """Verifier, evaluation sets, process group from torchrun's environment, output folder, signals.
 
@@ -1541,8 +1538,8 @@ def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any, graded: bool =
     if run.device.type == "cuda":
         torch.cuda.set_device(run.device)
     elif sys.platform == "linux":  # keep freed memory: page faults of new memory take a tenth of a step
-        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, -1)):
-            ctypes.CDLL(None).mallopt(option, value)
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
     if run.world > 1:
         if not dist.is_initialized():
             backend = "nccl" if run.device.type == "cuda" else "gloo"

@@ -9,7 +9,8 @@ Written for TRL 1.16.0 (experimental SDFTTrainer and SDPOTrainer, DistillationTr
 ours     `main` of sdpo.py, sdft.py, distill.py with flags, nothing else; phases are time/... of metrics.jsonl
 TRL      the trainers as they are. Chosen for them: gradient_checkpointing and bf16 off (both are on by default), eager attention as ours
          on CPU, no shuffling, logging or saving. Micro-batches of 8 rows, on sdpo-small-64 no slower than 4 or 16;
-         ours of 2048 tokens, there half the memory of 8192 and no slower beyond the noise.
+         ours of 2048 tokens, there half the memory of 8192 and no slower beyond the noise; of the smol shape,
+         --tokens-per-batch 4096 holds the whole step of 40-16 in less memory than TRL takes.
 both     SDPO: 8 questions x 8 attempts, JSD 1/2 over all logits (topk: the student's top 100 and a tail), EMA teacher, three of four
          attempts right. SDFT: 32 prompts, forward KL over all logits, EMA teacher. Distillation: 32 prompts, JSD 1/2, token mean, a
          teacher of the student's shape. AdamW, gradient norm 1, no importance ratio (TRL's is inactive where each batch is used once).
