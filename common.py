@@ -1537,7 +1537,8 @@ def start_run(args: Any, tokenizer: Any, rows: list, to_row: Any, graded: bool =
         raise InputError(f"--wandb-project {args.wandb_project} needs wandb: pip install wandb")
     if run.device.type == "cuda":
         torch.cuda.set_device(run.device)
-    elif sys.platform == "linux":  # keep freed memory: page faults of new memory take a tenth of a step
+    elif sys.platform == "linux" and run.world == 1:
+        # Keep freed memory: page faults of new memory take a tenth of a step. Shards would fragment it.
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
     if run.world > 1:
