@@ -48,9 +48,9 @@ def memory_plan(config: Any, args: Any, world: int, device: Any, teacher: str = 
     model = model_without_weights(config, torch.bfloat16 if bf16 else torch.float32, device, args.lora_rank)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything, layers = size_of(model), blocks_of(model)
-    # Of a Qwen3 folder in bf16: one process keeps the weights under adapters as they were saved.
-    small = sum(p.numel() for name, p in model.named_parameters() if ".base_layer.weight" in name)
-    small *= bf16 and world == 1
+    # Qwen3 is saved in bf16, and one process keeps the weights under adapters so.
+    frozen_bf16 = sum(p.numel() for name, p in model.named_parameters() if ".base_layer.weight" in name)
+    frozen_bf16 *= bf16 and world == 1
     root, layer = everything - sum(map(size_of, layers)), max(map(size_of, layers))
     V, D = model.get_output_embeddings().weight.shape
     longest = args.max_completion_tokens + max(args.max_prompt_tokens, args.max_teacher_tokens)
@@ -69,13 +69,13 @@ def memory_plan(config: Any, args: Any, world: int, device: Any, teacher: str = 
     full = not args.lora_rank
     working = root + 2 * layer + (root + layer) * full + root * (teacher not in ("", "live"))
     gib = {
-        "weights": (FP32 * everything - 2 * small) / world,
+        "weights": (FP32 * everything - 2 * frozen_bf16) / world,
         "optimiser": 2 * FP32 * trained / world,
         "teacher": teacher_bytes / world,
         "drawing: gathered weights": gathered * (everything if world > 1 else trained * bf16),
         "drawing: keys and values": cache * rows * (args.max_prompt_tokens + args.max_completion_tokens),
         "learning: gradients": FP32 * trained / world,
-        "learning: gathered weights": gathered * (working if world > 1 else (everything - small) * bf16),
+        "learning: gathered weights": gathered * (working if world > 1 else (everything - frozen_bf16) * bf16),
         "learning: activations": linear * tokens + square * tokens * longest,
         "learning: loss": FP32 * (heads * 512 * V + V * D * full),
     }
